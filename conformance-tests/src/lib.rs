@@ -1,1 +1,42 @@
-//! Under construction.
+//! The conformance suite for session handlers: what must be true of every one of them, each sentence as a test.
+//!
+//! A handler's whole test file is a harness and one macro per claim. A claim that is not made is a line that is not there;
+//! nothing is skipped and nothing is declared by a flag.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use conformance_tests::Harness;
+//! use session_core::{Result, SessionHandler};
+//! # fn connect(_: &str) -> Result<Arc<dyn SessionHandler>> { unimplemented!("an example of a harness needs no handler") }
+//!
+//! struct Mine;
+//!
+//! impl Harness for Mine {
+//!     async fn handler(&self, namespace: &str) -> Result<Arc<dyn SessionHandler>> {
+//!         connect(&format!("mine://localhost/?prefix={namespace}"))
+//!     }
+//! }
+//!
+//! conformance_tests::handler_suite!(Mine);
+//! # fn main() {}
+//! ```
+//!
+//! | macro | the claim |
+//! |---|---|
+//! | [`handler_suite!`] | the callbacks do what [`SessionHandler`](session_core::SessionHandler) says |
+//!
+//! Each case is a `#[test]` of its own name, says which guarantee was broken and what was seen instead, and names no backend.
+//! A case of a random nature prints its seed; `CONFORMANCE_SEED=…` replays it. A missing server is a failed case: let the
+//! harness answer with an error that says how to start it.
+//!
+//! [`cases`] lists all of them and [`run_case`] runs one against a store that is known only at run time.
+//!
+//! This crate knows the contract and nothing of any backend.
+
+mod case;
+mod handler;
+mod harness;
+mod steps;
+
+pub use case::{Case, Outcome, cases, run_case, run_test};
+pub use harness::{BoxFuture, DynHarness, Env, Harness, Rng};

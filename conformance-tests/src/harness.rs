@@ -1,0 +1,224 @@
+//! What a suite needs of the handler under test: a way to get one, on a store of its own, and the pace of its clock.
+//!
+//! Nothing here knows what a case does with it.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use session_core::{Error, ErrorKind, Result, SessionHandler, SessionLock, WriteId};
+use tokio::task::JoinHandle;
+
+use crate::case;
+
+/// A boxed future that may move between threads.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// Makes the handlers that the cases are run on.
+///
+/// A store that cannot be reached is an error, never a panic and never a reason to skip; its text says how to start the
+/// server.
+pub trait Harness: Send + Sync + 'static {
+    /// Returns a handler on the store named `namespace`: 13 lower-case letters and digits, the first a letter, different for
+    /// each case and each run.
+    ///
+    /// The same namespace gives the same store, in any process; another namespace sees nothing of it. Each call gives a handler
+    /// of its own, with connections of its own if it has any, so that two of them stand for two processes.
+    fn handler(&self, namespace: &str) -> impl Future<Output = Result<Arc<dyn SessionHandler>>> + Send;
+
+    /// Returns the lock of the store named `namespace`, for `lock_suite!`.
+    ///
+    /// Without this method the handler has no lock that could be used alone.
+    fn lock(&self, namespace: &str) -> impl Future<Output = Result<Arc<dyn SessionLock>>> + Send {
+        let _ = namespace;
+        async { Err(Error::new(ErrorKind::Unsupported, "harness", "this harness offers no lock of its own")) }
+    }
+
+    /// Returns the shortest lease or life that this store can keep; all times of the cases are multiples of it. A store that
+    /// counts in seconds says one second.
+    fn tick(&self) -> Duration {
+        Duration::from_millis(200)
+    }
+
+    /// Whether a write under a lease that has ended is refused even if nobody took over (the option `strict_expiry`).
+    fn strict_expiry(&self) -> bool {
+        false
+    }
+
+    /// Whether the store knows for a while that an id was destroyed. Only a store without a network between, where no late copy
+    /// of a request can arrive, may forget at once.
+    fn remembers_destroyed(&self) -> bool {
+        true
+    }
+}
+
+/// [`Harness`] as an object; every harness is one.
+pub trait DynHarness: Send + Sync + 'static {
+    /// See [`Harness::handler`].
+    fn dyn_handler<'a>(&'a self, namespace: &'a str) -> BoxFuture<'a, Result<Arc<dyn SessionHandler>>>;
+    /// See [`Harness::lock`].
+    fn dyn_lock<'a>(&'a self, namespace: &'a str) -> BoxFuture<'a, Result<Arc<dyn SessionLock>>>;
+    /// See [`Harness::tick`].
+    fn dyn_tick(&self) -> Duration;
+    /// See [`Harness::strict_expiry`].
+    fn dyn_strict_expiry(&self) -> bool;
+    /// See [`Harness::remembers_destroyed`].
+    fn dyn_remembers_destroyed(&self) -> bool;
+}
+
+impl<H: Harness> DynHarness for H {
+    fn dyn_handler<'a>(&'a self, namespace: &'a str) -> BoxFuture<'a, Result<Arc<dyn SessionHandler>>> {
+        Box::pin(self.handler(namespace))
+    }
+
+    fn dyn_lock<'a>(&'a self, namespace: &'a str) -> BoxFuture<'a, Result<Arc<dyn SessionLock>>> {
+        Box::pin(self.lock(namespace))
+    }
+
+    fn dyn_tick(&self) -> Duration {
+        self.tick()
+    }
+
+    fn dyn_strict_expiry(&self) -> bool {
+        self.strict_expiry()
+    }
+
+    fn dyn_remembers_destroyed(&self) -> bool {
+        self.remembers_destroyed()
+    }
+}
+
+/// What a case is given: handlers on a store of its own, times to use, randomness that can be replayed.
+#[derive(Clone)]
+pub struct Env {
+    harness: Arc<dyn DynHarness>,
+    namespace: String,
+    seed: u64,
+}
+
+impl std::fmt::Debug for Env {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Env").field("namespace", &self.namespace).field("seed", &self.seed).finish_non_exhaustive()
+    }
+}
+
+impl Env {
+    pub(crate) fn new(harness: Arc<dyn DynHarness>) -> Self {
+        let random = WriteId::random().expect("the operating system has randomness").to_bytes();
+        let namespace = random[..6].iter().fold(String::from("c"), |name, byte| format!("{name}{byte:02x}"));
+        let fresh = u64::from(u32::from_le_bytes([random[8], random[9], random[10], random[11]]));
+        let seed = std::env::var("CONFORMANCE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(fresh);
+        Self { harness, namespace, seed }
+    }
+
+    /// Returns a handler of its own on the store of this case.
+    ///
+    /// # Panics
+    /// Fails the case if the harness has none to give.
+    pub async fn handler(&self) -> Arc<dyn SessionHandler> {
+        match self.harness.dyn_handler(&self.namespace).await {
+            Ok(handler) => handler,
+            Err(error) => panic!("the harness gave no handler: {error:?}"),
+        }
+    }
+
+    /// Returns a lock of its own on the store of this case.
+    ///
+    /// # Panics
+    /// Fails the case if the harness has none to give.
+    pub async fn lock(&self) -> Arc<dyn SessionLock> {
+        match self.harness.dyn_lock(&self.namespace).await {
+            Ok(lock) => lock,
+            Err(error) => panic!("the harness gave no lock: {error:?}"),
+        }
+    }
+
+    /// Returns the name of the store of this case, to be handed to another process.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// Returns the unit of time; see [`Harness::tick`].
+    #[must_use]
+    pub fn tick(&self) -> Duration {
+        self.harness.dyn_tick()
+    }
+
+    /// See [`Harness::strict_expiry`].
+    #[must_use]
+    pub fn strict_expiry(&self) -> bool {
+        self.harness.dyn_strict_expiry()
+    }
+
+    /// See [`Harness::remembers_destroyed`].
+    #[must_use]
+    pub fn remembers_destroyed(&self) -> bool {
+        self.harness.dyn_remembers_destroyed()
+    }
+
+    /// Returns randomness that follows from the seed of this run and from `stream`.
+    #[must_use]
+    pub fn rng(&self, stream: u64) -> Rng {
+        Rng(self.seed ^ stream.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    }
+
+    /// Returns the seed of this run.
+    #[must_use]
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// Runs a part of the case as a task of its own; what it finds wrong fails the case once it is awaited with
+    /// [`joined`](Self::joined).
+    pub fn spawn<T: Send + 'static>(&self, part: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+        case::spawn(part)
+    }
+
+    /// Awaits a part.
+    ///
+    /// # Panics
+    /// If the part did.
+    pub async fn joined<T>(&self, part: JoinHandle<T>) -> T {
+        match part.await {
+            Ok(value) => value,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(error) => panic!("a part of the case was lost: {error}"),
+            },
+        }
+    }
+}
+
+/// A small generator (SplitMix64) whose whole state is the seed.
+#[derive(Clone, Debug)]
+pub struct Rng(u64);
+
+impl Rng {
+    /// Starts from `seed`.
+    #[must_use]
+    pub const fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// Returns the next 64 bits.
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Returns a number below `limit`, which must not be zero.
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.bits() % limit
+    }
+
+    /// Returns a duration below `limit`.
+    pub fn duration(&mut self, limit: Duration) -> Duration {
+        let nanos = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX).max(1);
+        Duration::from_nanos(self.below(nanos))
+    }
+}
