@@ -36,6 +36,7 @@
 mod case;
 mod handler;
 mod harness;
+pub mod proxy;
 mod steps;
 
 pub use case::{Case, Outcome, cases, run_case, run_test};
