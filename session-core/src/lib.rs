@@ -4,16 +4,29 @@
 //! then what an application uses. This crate opens no file and no socket and knows no web framework.
 
 mod clock;
+mod codec;
+mod depth;
 mod dsn;
+#[allow(dead_code, reason = "the session uses all of it")]
+mod envelope;
 mod error;
 mod handler;
 mod id;
 mod lock;
 mod record;
+#[allow(dead_code, reason = "the session uses all of it")]
+mod seal;
 mod ttl;
 
 pub use async_trait::async_trait;
 pub use clock::{Clock, ManualClock, SystemClock};
+#[cfg(feature = "bincode")]
+pub use codec::Bincode;
+#[cfg(feature = "json")]
+pub use codec::Json;
+#[cfg(feature = "postcard")]
+pub use codec::Postcard;
+pub use codec::{Codec, MessagePack, ValueCodec};
 pub use dsn::{COMMON_OPTIONS, Dsn, parse_duration};
 pub use error::{Error, ErrorKind, Holder, Result};
 pub use handler::{
