@@ -13,6 +13,7 @@ mod error;
 mod handler;
 mod id;
 mod lock;
+mod memory;
 mod record;
 #[allow(dead_code, reason = "the session uses all of it")]
 mod seal;
@@ -34,5 +35,6 @@ pub use handler::{
 };
 pub use id::SessionId;
 pub use lock::{Held, Lease, LeaseRequest, LeaseToken, SessionLock};
+pub use memory::{MemoryBuilder, MemoryHandler, MemoryLock};
 pub use record::{Change, Record, WriteId, Written};
 pub use ttl::Ttl;
