@@ -1415,7 +1415,7 @@ mod tests {
         let a = open(&handler, &id, exclusive(SHORT)).await;
         let lost = a.held().unwrap().clone();
         past(SHORT).await;
-        assert!(lost.lock.renew(&[lost.lease.clone()]).await[0].is_ok(), "nobody took over");
+        assert!(lost.lock.renew(std::slice::from_ref(&lost.lease)).await[0].is_ok(), "nobody took over");
         past(SHORT).await;
         let _b = open(&handler, &id, exclusive(LEASE)).await;
         let short = create(&handler, "0", Ttl::new(SHORT)).await;
