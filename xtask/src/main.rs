@@ -1,2 +1,113 @@
-//! Under construction.
-fn main() {}
+//! Every developer command: what runs for `cargo xtask test`, `ci` and `bench`, and in which order.
+//!
+//! How a step is run and timed is in `step.rs`, what a machine must have in `tools.rs`, which features there are in
+//! `manifest.rs`. This program has no dependency, so that it is built in a second on a new machine.
+
+mod manifest;
+mod step;
+mod tools;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use step::{Failure, Steps, cargo};
+
+const USAGE: &str = "\
+usage: cargo xtask <command>
+
+  test   installs what the tests need and is missing, then runs every test and every doctest
+  ci     fmt, clippy, test, docs, each feature alone, dependencies, advisories; needs nothing prepared
+  bench  [DSN...] [options of `sessionctl bench`]; without a DSN the file backend in a temporary directory, and memory";
+
+fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let command = args.next();
+    let rest: Vec<String> = args.collect();
+    // The repository, wherever the command was started from.
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the repository");
+    let mut steps = Steps::new(root);
+    let outcome = match (command.as_deref(), rest.is_empty()) {
+        (Some("test"), true) => test(&mut steps),
+        (Some("ci"), true) => ci(&mut steps, root),
+        (Some("bench"), _) => bench(&mut steps, &rest),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    steps.summary();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("\nfailed: {}\nto see it alone: {}", failure.step, failure.command);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Every test on a machine that has only Rust.
+fn test(steps: &mut Steps) -> Result<(), Failure> {
+    tools::install_debian_packages(steps)?;
+    tools::install_cargo_tool(steps, "nextest")?;
+    steps.run("test", &cargo("nextest run --workspace --all-features --locked --no-tests=fail"))?;
+    // Doctests are not among the tests that nextest knows.
+    steps.run("doctest", &cargo("test --doc --workspace --all-features --locked --quiet"))
+}
+
+/// What must hold before a change lands. The cheap steps come first, and steps that share build results follow each other.
+fn ci(steps: &mut Steps, root: &Path) -> Result<(), Failure> {
+    steps.run("fmt", &cargo("fmt --all --check"))?;
+    steps.run("clippy", &cargo("clippy --workspace --all-targets --all-features --locked -- -D warnings"))?;
+    let docs = cargo("doc --workspace --no-deps --all-features --locked --quiet");
+    steps.run("docs", &docs.env("RUSTDOCFLAGS", "-D warnings"))?;
+    test(steps)?;
+    for package in manifest::packages(root) {
+        // Clippy and not check: with it, warnings are errors without a rebuild of all dependencies under other flags.
+        let alone = format!("clippy -p {} --no-default-features --locked --quiet", package.name);
+        steps.run(&format!("{} bare", package.name), &cargo(&format!("{alone} -- -D warnings")))?;
+        for feature in &package.features {
+            let command = cargo(&format!("{alone} --features {feature} -- -D warnings"));
+            steps.run(&format!("{} +{feature}", package.name), &command)?;
+        }
+    }
+    // Asked for by name only: nobody mends it any more. See deny.toml.
+    steps.prints_nothing("no bincode by default", &cargo("tree --workspace --edges normal --invert bincode --locked"))?;
+    tools::install_cargo_tool(steps, "deny")?;
+    steps.run("deny", &cargo("deny --locked check bans licenses sources"))?;
+    tools::install_cargo_tool(steps, "audit")?;
+    steps.run("audit", &audit(root))
+}
+
+/// Looks every dependency up in the advisory database: in the copy that `ADVISORY_DB` names or that lies beside the
+/// repository, so that it works without a network, and otherwise in the newest.
+fn audit(root: &Path) -> step::Command {
+    let audit = "audit --deny unmaintained --deny unsound";
+    let copy = std::env::var("ADVISORY_DB").unwrap_or_else(|_| "../shared/advisory-db".into());
+    match root.join(&copy).is_dir() {
+        true => cargo(&format!("{audit} --no-fetch --stale --db")).arg(&copy),
+        false => cargo(audit),
+    }
+}
+
+/// Measures the stores that are named, or those that need no server.
+fn bench(steps: &mut Steps, args: &[String]) -> Result<(), Failure> {
+    let scratch = Scratch(std::env::temp_dir().join(format!("sessionkit-bench-{}", std::process::id())));
+    let mut command = cargo("run --release --locked --quiet -p sessionctl -- bench");
+    if !args.iter().any(|arg| arg.contains("://")) {
+        command = command.arg(&format!("file://{}", scratch.0.display())).arg("memory://");
+    }
+    for arg in args {
+        command = command.arg(arg);
+    }
+    steps.run("bench", &command)
+}
+
+/// A directory that is gone when the command is done.
+struct Scratch(PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // It may never have been created.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
