@@ -12,7 +12,6 @@
 //!
 //! Values are not decoded here, and neither ids nor keys of the store are known.
 
-use std::collections::BTreeMap;
 use std::fmt;
 
 use bytes::Bytes;
@@ -20,6 +19,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::codec::Codec;
 use crate::error::{Error, ErrorKind, Result};
+use crate::values::Values;
 
 /// The most values that a session may have.
 pub(crate) const MAX_ENTRIES: usize = 100_000;
@@ -28,8 +28,6 @@ pub(crate) const MAX_KEY: usize = 1024;
 
 /// The name of a value.
 pub(crate) type Key = Box<str>;
-/// Encoded values by name. Decoded from a record they are slices of its one buffer.
-pub(crate) type Values = BTreeMap<Key, Bytes>;
 
 // The first byte is in no text, so nothing that a PHP or JSON store holds begins like this.
 const MAGIC: [u8; 4] = *b"\xe5skv";
@@ -151,7 +149,7 @@ impl Payload {
                     put_field(&mut out, origin);
                 }
                 put_number(&mut out, data.values.len());
-                for (key, value) in &data.values {
+                for (key, value) in data.values.iter() {
                     put_field(&mut out, key.as_bytes());
                     put_field(&mut out, value);
                 }
@@ -209,7 +207,7 @@ impl fmt::Debug for Payload {
 
 impl fmt::Debug for Data {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let bytes: usize = self.values.values().map(Bytes::len).sum();
+        let bytes: usize = self.values.iter().map(|(_, value)| value.len()).sum();
         let mut shown = f.debug_struct("Data");
         shown.field("codec", &self.codec).field("created", &self.created).field("authenticated", &self.authenticated);
         shown.field("rotated", &self.origin.is_some()).field("values", &self.values.len()).field("bytes", &bytes).finish()

@@ -5,19 +5,26 @@
 
 mod clock;
 mod codec;
+mod commit;
 mod depth;
 mod dsn;
-#[allow(dead_code, reason = "the session uses all of it")]
 mod envelope;
 mod error;
 mod handler;
 mod id;
+mod janitor;
 mod lock;
 mod memory;
+mod merge;
+mod queue;
 mod record;
-#[allow(dead_code, reason = "the session uses all of it")]
 mod seal;
+mod session;
+mod sessions;
+mod settings;
 mod ttl;
+mod values;
+mod view;
 
 pub use async_trait::async_trait;
 pub use clock::{Clock, ManualClock, SystemClock};
@@ -37,4 +44,8 @@ pub use id::SessionId;
 pub use lock::{Held, Lease, LeaseRequest, LeaseToken, SessionLock};
 pub use memory::{MemoryBuilder, MemoryHandler, MemoryLock};
 pub use record::{Change, Record, WriteId, Written};
+pub use session::Session;
+pub use sessions::{Sessions, Updated};
+pub use settings::SessionsBuilder;
 pub use ttl::Ttl;
+pub use view::SessionView;
