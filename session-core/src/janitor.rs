@@ -20,6 +20,8 @@ use crate::lock::{Held, Lease, SessionLock};
 use crate::queue::Turn;
 
 type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
+/// Leases of one lock, renewed together.
+type Batch = (Arc<dyn SessionLock>, Vec<Arc<Lease>>);
 
 pub(crate) struct Janitor {
     sender: Mutex<Option<mpsc::UnboundedSender<Message>>>,
@@ -188,8 +190,8 @@ impl Renewals {
         table.sleeping_until
     }
 
-    fn due(&self, now: Instant) -> Vec<(Arc<dyn SessionLock>, Vec<Arc<Lease>>)> {
-        let mut batches: HashMap<usize, (Arc<dyn SessionLock>, Vec<Arc<Lease>>)> = HashMap::new();
+    fn due(&self, now: Instant) -> Vec<Batch> {
+        let mut batches: HashMap<usize, Batch> = HashMap::new();
         guard(&self.table).entries.retain(|_, renewal| {
             let Some(lease) = renewal.lease.upgrade().filter(|lease| !lease.is_lost()) else { return false };
             if now >= renewal.until {

@@ -384,7 +384,7 @@ impl Core {
                 Ok(Payload::Data(data)) if self.absolute_left(&data).is_some() => {
                     let presented = match &data.origin {
                         Some(origin) if hop == 0 => {
-                            self.forward_was_seen(&id, origin.to_vec());
+                            self.forward_was_seen(&id, origin);
                             true
                         }
                         _ => false,
@@ -475,8 +475,8 @@ impl Core {
 
     /// Lets the forward that led to `id` live for no more than the grace time, since the visitor has the new id. Behind the
     /// request, and without harm if it fails: the forward then lives until it expires.
-    fn forward_was_seen(self: &Arc<Self>, id: &SessionId, origin: Vec<u8>) {
-        let Ok(old) = seal::open(&origin, id, Purpose::Origin) else { return };
+    fn forward_was_seen(self: &Arc<Self>, id: &SessionId, origin: &[u8]) {
+        let Ok(old) = seal::open(origin, id, Purpose::Origin) else { return };
         let core = Arc::clone(self);
         self.janitor.run(async move {
             if let Err(error) = core.shorten_forward(&old).await {

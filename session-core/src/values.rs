@@ -4,6 +4,7 @@
 //! knows what a value means.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -66,5 +67,11 @@ impl PartialEq for Values {
 impl FromIterator<(Key, Bytes)> for Values {
     fn from_iter<I: IntoIterator<Item = (Key, Bytes)>>(pairs: I) -> Self {
         Self(Arc::new(pairs.into_iter().collect()))
+    }
+}
+
+impl fmt::Debug for Values {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Values({})", self.len())
     }
 }
