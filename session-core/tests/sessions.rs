@@ -1,5 +1,7 @@
 //! What `Sessions` adds to a handler, on the memory handler: values, queues, saves that outlive their request, new ids.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
