@@ -374,7 +374,12 @@ impl<'g, S: Serializer> Serializer for Watched<'g, S> {
         serialize_u8(value: u8) serialize_u16(value: u16) serialize_u32(value: u32) serialize_u64(value: u64)
         serialize_i128(value: i128) serialize_u128(value: u128)
         serialize_none() serialize_unit() serialize_unit_struct(name: &'static str)
-        serialize_unit_variant(name: &'static str, index: u32, variant: &'static str)
+    }
+
+    // Read back, a variant without fields is a level like any other.
+    fn serialize_unit_variant(self, name: &'static str, index: u32, variant: &'static str) -> Result<S::Ok, S::Error> {
+        self.level.down(1).map_err(ser::Error::custom)?;
+        self.inner.serialize_unit_variant(name, index, variant)
     }
 
     fn serialize_f32(self, value: f32) -> Result<S::Ok, S::Error> {
