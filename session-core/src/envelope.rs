@@ -328,6 +328,8 @@ fn put_field(out: &mut Vec<u8>, bytes: &[u8]) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn payloads() -> Vec<Payload> {
@@ -346,6 +348,26 @@ mod tests {
         ]
     }
 
+    /// Puts the right checksum behind `body`.
+    fn checked(body: &[u8]) -> Vec<u8> {
+        [body, &xxh3_64(body).to_le_bytes()].concat()
+    }
+
+    fn header(kind: u8, codec: u8, flags: u8) -> Vec<u8> {
+        [&MAGIC[..], &[VERSION, kind, codec, flags]].concat()
+    }
+
+    /// A session whose entries are `entries`.
+    fn session(entries: &[u8]) -> Vec<u8> {
+        checked(&[&header(DATA, 1, 0)[..], &[0; 16], entries].concat())
+    }
+
+    fn refusal(bytes: Vec<u8>) -> String {
+        let error = Payload::decode(bytes).expect_err("hostile bytes were accepted");
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        error.to_string()
+    }
+
     #[test]
     fn what_is_written_is_read_and_fills_its_buffer() {
         for payload in payloads() {
@@ -353,5 +375,206 @@ mod tests {
             assert_eq!(bytes.len(), payload.size());
             assert_eq!(Payload::decode(bytes).unwrap(), payload);
         }
+    }
+
+    #[test]
+    fn the_layout_is_what_it_was() {
+        let hex = |payload: &Payload| payload.encode().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let expected = [
+            "e5736b76010101000100000000000000ffffffffffffffff",
+            "e5736b76010101010100000000000000ffffffffffffffff067365616c656400",
+            "e5736b7601020000067365616c6564",
+            "e5736b7601020002067365616c6564",
+            "e5736b7601030000",
+        ];
+        for (payload, expected) in payloads().iter().zip(expected) {
+            assert!(hex(payload).starts_with(expected), "{payload:?}: {}", hex(payload));
+        }
+        assert_eq!(hex(&payloads()[4]), "e5736b760103000069a55ade6bced4dd");
+        assert_eq!(hex(&payloads()[1]), "e5736b76010101010100000000000000ffffffffffffffff067365616c656400d324a11a9e6bce1f");
+    }
+
+    #[test]
+    fn values_are_slices_of_the_one_buffer() {
+        let bytes = payloads()[0].encode();
+        let within = bytes.as_ptr_range();
+        let Payload::Data(data) = Payload::decode(bytes).unwrap() else { panic!("not a session") };
+        assert!(data.values.values().filter(|value| !value.is_empty()).all(|value| within.contains(&value.as_ptr())));
+    }
+
+    #[test]
+    fn every_flip_of_a_bit_is_refused() {
+        for payload in payloads() {
+            let bytes = payload.encode();
+            for bit in 0..bytes.len() * 8 {
+                let mut damaged = bytes.clone();
+                damaged[bit / 8] ^= 1 << (bit % 8);
+                refusal(damaged);
+            }
+        }
+    }
+
+    #[test]
+    fn every_cut_and_every_tail_is_refused() {
+        for payload in payloads() {
+            let bytes = payload.encode();
+            for cut in 0..bytes.len() {
+                refusal(bytes[..cut].to_vec());
+                // Cut, and signed again by whoever cut it.
+                if (HEADER..bytes.len() - CHECKSUM).contains(&cut) {
+                    assert!(refusal(checked(&bytes[..cut])).contains("truncated"));
+                }
+            }
+            let body = &bytes[..bytes.len() - CHECKSUM];
+            assert!(refusal(checked(&[body, b"\0"].concat())).contains("behind the end"));
+            assert!(refusal([&bytes[..], &bytes[..]].concat()).contains("checksum"));
+        }
+    }
+
+    #[test]
+    fn the_text_says_what_is_wrong() {
+        let with = |at: usize, byte: u8| {
+            let mut body = [&header(DATA, 1, 0)[..], &[0; 17]].concat();
+            body[at] = byte;
+            refusal(checked(&body))
+        };
+        assert!(refusal(b"a:1:{s:4:\"user\";i:7;}".to_vec()).contains("not a session of this library"));
+        assert!(refusal(b"{}".to_vec()).contains("not a session of this library"));
+        assert!(refusal(Vec::new()).contains("truncated"));
+        assert!(with(4, 2).contains("written by a newer version: envelope 2"));
+        assert!(with(4, 0).contains("version 0"));
+        assert!(with(5, 9).contains("kind 9"));
+        assert!(with(6, 0).contains("codec number 0"));
+        assert!(with(6, 200).contains("codec number 200"));
+        assert!(with(7, COMPRESSED).contains("newer version: compressed"));
+        assert!(with(7, SEALED).contains("newer version: sealed"));
+        assert!(with(7, SEEN).contains("flags 0x02"));
+        assert!(with(7, 0x14).contains("flags 0x14"));
+        for (kind, flags) in [(FORWARD, HAS_ORIGIN), (RETIRED, SEEN), (RETIRED, HAS_ORIGIN)] {
+            let body = [&header(kind, 0, flags)[..], if kind == FORWARD { b"\x01x" } else { b"" }].concat();
+            assert!(refusal(checked(&body)).contains("flags"));
+        }
+        assert!(refusal(checked(&header(RETIRED, 1, 0))).contains("names a codec"));
+    }
+
+    #[test]
+    fn entries_have_one_form() {
+        assert!(Payload::decode(session(b"\x02\x01a\x00\x01b\x01x")).is_ok());
+        assert!(refusal(session(b"\x02\x01b\x00\x01a\x01x")).contains("ascending"));
+        assert!(refusal(session(b"\x02\x01a\x00\x01a\x01x")).contains("ascending"));
+        assert!(refusal(session(b"\x81\x00\x01a\x00")).contains("shortest"));
+        assert!(refusal(session(b"\x01\x81\x00a\x00")).contains("shortest"));
+        assert!(refusal(session(b"\x01\x01\xff\x00")).contains("UTF-8"));
+        assert!(refusal(session(&[0xff; 20])).contains("too long"));
+    }
+
+    #[test]
+    fn what_is_only_claimed_is_refused() {
+        let count = |count: usize| {
+            let mut out = Vec::new();
+            put_number(&mut out, count);
+            out
+        };
+        for claim in [MAX_ENTRIES + 1, 1 << 40, (1 << 56) - 1] {
+            assert!(refusal(session(&count(claim))).contains("at most 100000"));
+            assert!(refusal(session(&[b"\x01", &count(claim)[..], b"abc"].concat())).contains("truncated"));
+            assert!(refusal(session(&[b"\x01\x01a", &count(claim)[..], b"abc"].concat())).contains("truncated"));
+            assert!(refusal(checked(&[header(FORWARD, 0, 0), count(claim)].concat())).contains("truncated"));
+        }
+        assert!(refusal(session(&[count(MAX_ENTRIES), vec![0; 1000]].concat())).contains("truncated"));
+        let entry = |length: usize| [vec![1], count(length), vec![b'k'; length], vec![0]].concat();
+        assert!(Payload::decode(session(&entry(MAX_KEY))).is_ok());
+        assert!(refusal(session(&entry(MAX_KEY + 1))).contains("at most 1024"));
+    }
+
+    #[test]
+    fn what_could_not_be_read_is_refused_when_it_is_put_in() {
+        let mut values: Values = (0..MAX_ENTRIES).map(|n| (format!("{n:06}").into(), Bytes::new())).collect();
+        assert!(check_key("000001", &values).is_ok());
+        assert_eq!(check_key("more", &values).unwrap_err().kind(), ErrorKind::TooLarge);
+        let full = Data { codec: Codec::MessagePack, created: 0, authenticated: 0, origin: None, values: values.clone() };
+        assert!(Payload::decode(Payload::Data(full).encode()).is_ok());
+        values.remove("000001");
+        assert!(check_key("more", &values).is_ok());
+        assert!(check_key(&"k".repeat(MAX_KEY), &values).is_ok());
+        assert_eq!(check_key(&"k".repeat(MAX_KEY + 1), &values).unwrap_err().kind(), ErrorKind::TooLarge);
+    }
+
+    #[test]
+    fn debug_shows_no_value_and_no_key() {
+        for payload in payloads() {
+            let text = format!("{payload:?}");
+            assert!(!text.contains("cart") && !text.contains("sealed") && !text.contains('\u{7}'), "{text}");
+        }
+    }
+
+    fn any_payload() -> impl Strategy<Value = Payload> {
+        let bytes = || prop::collection::vec(any::<u8>(), 0..200).prop_map(Bytes::from);
+        let entries = prop::collection::btree_map(any::<String>().prop_map(Key::from), bytes(), 0..20);
+        let origin = prop::option::of(bytes());
+        let codec =
+            prop::sample::select(vec![1u8, 2, 3, 4]).prop_filter_map("not in this build", |id| Codec::from_id(id).ok());
+        let data = (codec, any::<i64>(), any::<i64>(), origin, entries).prop_map(
+            |(codec, created, authenticated, origin, values)| {
+                Payload::Data(Data { codec, created, authenticated, origin, values })
+            },
+        );
+        let forward = (bytes(), any::<bool>()).prop_map(|(target, seen)| Payload::Forward(Forward { target, seen }));
+        prop_oneof![8 => data, 2 => forward, 1 => Just(Payload::Retired)]
+    }
+
+    proptest! {
+        #[test]
+        fn every_payload_comes_back(payload in any_payload()) {
+            let bytes = payload.encode();
+            prop_assert_eq!(bytes.len(), payload.size());
+            prop_assert_eq!(Payload::decode(bytes).unwrap(), payload);
+        }
+
+        #[test]
+        fn what_is_accepted_has_no_other_form(
+            payload in any_payload(),
+            damage in prop::collection::vec((any::<prop::sample::Index>(), 0u8..9), 0..4),
+        ) {
+            let mut body = payload.encode();
+            body.truncate(body.len() - CHECKSUM);
+            for (place, byte) in damage {
+                let place = place.index(body.len());
+                body[place] = byte;
+            }
+            let bytes = checked(&body);
+            if let Ok(accepted) = Payload::decode(bytes.clone()) {
+                prop_assert_eq!(accepted.encode(), bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn random_bytes_are_refused_or_have_no_other_form() {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = move || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state
+        };
+        let mut accepted = 0;
+        for round in 0..100_000 {
+            // Small numbers, so that lengths fit now and then.
+            let tail: Vec<u8> = (0..random() % 24).map(|_| (random() % 5) as u8).collect();
+            let bytes = match round % 4 {
+                0 => tail,
+                1 => [&MAGIC[..], &tail].concat(),
+                2 => {
+                    checked(&[&header((random() % 4) as u8, (random() % 2) as u8, (random() % 4) as u8)[..], &tail].concat())
+                }
+                _ => session(&tail),
+            };
+            if let Ok(payload) = Payload::decode(bytes.clone()) {
+                accepted += 1;
+                assert_eq!(payload.encode(), bytes);
+            }
+        }
+        assert!(accepted > 100, "only {accepted} were accepted, so too little was tried");
     }
 }

@@ -76,13 +76,80 @@ fn cipher(key_from: &SessionId, purpose: Purpose) -> XChaCha20Poly1305 {
 mod tests {
     use super::*;
 
+    fn id(text: &str) -> SessionId {
+        SessionId::parse(text).expect("an id")
+    }
+
     #[test]
     fn only_the_live_id_and_the_purpose_open_it() {
         let (old, new) = (SessionId::generate().unwrap(), SessionId::generate().unwrap());
         let sealed = seal(&new, &old, Purpose::Forward).unwrap();
         assert_eq!(open(&sealed, &old, Purpose::Forward).unwrap(), new);
-        for (id, purpose) in [(&new, Purpose::Forward), (&old, Purpose::Origin)] {
-            assert_eq!(open(&sealed, id, purpose).unwrap_err().kind(), ErrorKind::Corrupt);
+        assert_eq!(open(&sealed, &old, Purpose::Origin).unwrap_err().kind(), ErrorKind::Corrupt);
+        assert_eq!(open(&sealed, &new, Purpose::Forward).unwrap_err().kind(), ErrorKind::Corrupt);
+        for _ in 0..1000 {
+            assert!(open(&sealed, &SessionId::generate().unwrap(), Purpose::Forward).is_err());
         }
+        // Not even who knows all but the last character.
+        for last in "0123456789abcdefghijklmnopqrstuv".chars().filter(|last| !old.as_str().ends_with(*last)) {
+            let near = id(&format!("{}{last}", &old.as_str()[..31]));
+            assert!(open(&sealed, &near, Purpose::Forward).is_err());
+        }
+    }
+
+    #[test]
+    fn neither_id_is_in_it_and_no_two_are_alike() {
+        let (old, new) = (SessionId::generate().unwrap(), SessionId::generate().unwrap());
+        let sealed = seal(&new, &old, Purpose::Forward).unwrap();
+        assert_eq!(sealed.len(), NONCE + 32 + TAG);
+        for id in [&old, &new] {
+            assert!(!sealed.windows(8).any(|part| id.as_str().as_bytes().windows(8).any(|text| text == part)));
+        }
+        assert_ne!(sealed, seal(&new, &old, Purpose::Forward).unwrap());
+    }
+
+    #[test]
+    fn every_flip_cut_and_tail_is_refused() {
+        let (old, new) = (SessionId::generate().unwrap(), SessionId::generate().unwrap());
+        for purpose in [Purpose::Forward, Purpose::Origin] {
+            let sealed = seal(&new, &old, purpose).unwrap();
+            let refused = |bytes: &[u8]| assert_eq!(open(bytes, &old, purpose).unwrap_err().kind(), ErrorKind::Corrupt);
+            for bit in 0..sealed.len() * 8 {
+                let mut damaged = sealed.clone();
+                damaged[bit / 8] ^= 1 << (bit % 8);
+                refused(&damaged);
+            }
+            (0..sealed.len()).for_each(|cut| refused(&sealed[..cut]));
+            refused(&[&sealed[..], b"\0"].concat());
+            refused(&vec![0; 1 << 20]);
+        }
+    }
+
+    #[test]
+    fn the_shortest_and_the_longest_id_come_back() {
+        let (short, long) = (id(&"a".repeat(SessionId::MIN_LEN)), id(&"Z".repeat(SessionId::MAX_LEN)));
+        for (target, key) in [(&short, &long), (&long, &short)] {
+            let sealed = seal(target, key, Purpose::Origin).unwrap();
+            assert_eq!(&open(&sealed, key, Purpose::Origin).unwrap(), target);
+        }
+    }
+
+    #[test]
+    fn what_is_no_id_is_refused_though_it_was_sealed_rightly() {
+        let key = SessionId::generate().unwrap();
+        for text in [&b"too short"[..], b"../../../../etc/passwd0/", &[0xff; 32]] {
+            let message = Payload { msg: text, aad: Purpose::Forward.label() };
+            let sealed = cipher(&key, Purpose::Forward).encrypt(&XNonce::from([7; NONCE]), message).unwrap();
+            assert!(open(&[&[7; NONCE][..], &sealed].concat(), &key, Purpose::Forward).is_err());
+        }
+    }
+
+    #[test]
+    fn what_an_earlier_build_sealed_still_opens() {
+        let (target, key) = (id("0123456789abcdefghijklmnopqrstuv"), id("vutsrqponmlkjihgfedcba9876543210"));
+        let message = Payload { msg: target.as_str().as_bytes(), aad: Purpose::Forward.label() };
+        let sealed = cipher(&key, Purpose::Forward).encrypt(&XNonce::from([7; NONCE]), message).unwrap();
+        let hex: String = sealed.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, "f5200494aa3d3cb5891d4cd96ca61b1249e5c4e718aded6c5d626330702c67a3e13c084d1c875cbd4a1ea729543caf06");
     }
 }
