@@ -399,7 +399,9 @@ mod tests {
         let bytes = payloads()[0].encode();
         let within = bytes.as_ptr_range();
         let Payload::Data(data) = Payload::decode(bytes).unwrap() else { panic!("not a session") };
-        assert!(data.values.values().filter(|value| !value.is_empty()).all(|value| within.contains(&value.as_ptr())));
+        assert!(
+            data.values.iter().filter(|(_, value)| !value.is_empty()).all(|(_, value)| within.contains(&value.as_ptr()))
+        );
     }
 
     #[test]
@@ -516,7 +518,7 @@ mod tests {
             prop::sample::select(vec![1u8, 2, 3, 4]).prop_filter_map("not in this build", |id| Codec::from_id(id).ok());
         let data = (codec, any::<i64>(), any::<i64>(), origin, entries).prop_map(
             |(codec, created, authenticated, origin, values)| {
-                Payload::Data(Data { codec, created, authenticated, origin, values })
+                Payload::Data(Data { codec, created, authenticated, origin, values: values.into_iter().collect() })
             },
         );
         let forward = (bytes(), any::<bool>()).prop_map(|(target, seen)| Payload::Forward(Forward { target, seen }));
