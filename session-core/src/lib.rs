@@ -14,6 +14,7 @@ mod handler;
 mod id;
 mod janitor;
 mod lock;
+mod locked;
 mod memory;
 mod merge;
 mod queue;
@@ -42,6 +43,7 @@ pub use handler::{
 };
 pub use id::SessionId;
 pub use lock::{Held, Lease, LeaseRequest, LeaseToken, SessionLock};
+pub use locked::Locked;
 pub use memory::{MemoryBuilder, MemoryHandler, MemoryLock};
 pub use record::{Change, Record, WriteId, Written};
 pub use session::Session;

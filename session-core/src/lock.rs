@@ -205,3 +205,23 @@ pub struct Held {
     /// The lock that renews it.
     pub lock: Arc<dyn SessionLock>,
 }
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl<T: SessionLock + ?Sized> SessionLock for Arc<T> {
+    async fn acquire(&self, id: &SessionId, request: &LeaseRequest) -> Result<Arc<Lease>> {
+        (**self).acquire(id, request).await
+    }
+
+    async fn renew(&self, leases: &[Arc<Lease>]) -> Vec<Result<()>> {
+        (**self).renew(leases).await
+    }
+
+    async fn release(&self, lease: &Lease) -> Result<()> {
+        (**self).release(lease).await
+    }
+
+    fn abandon(&self, lease: Arc<Lease>) {
+        (**self).abandon(lease);
+    }
+}
