@@ -66,7 +66,7 @@ pub struct Outcome {
 #[must_use]
 pub fn cases() -> &'static [Case] {
     static CASES: OnceLock<Vec<Case>> = OnceLock::new();
-    CASES.get_or_init(|| [crate::handler::CASES].concat())
+    CASES.get_or_init(|| [crate::handler::CASES, crate::processes::CASES].concat())
 }
 
 /// Runs one case on a store of its own and says what came of it; a case that does not end in time has failed.

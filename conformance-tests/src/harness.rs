@@ -4,6 +4,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,6 +36,14 @@ pub trait Harness: Send + Sync + 'static {
         async { Err(Error::new(ErrorKind::Unsupported, "harness", "this harness offers no lock of its own")) }
     }
 
+    /// Returns how to start a process that calls [`processes::worker`](crate::processes::worker) with this harness, for cases
+    /// that need several processes.
+    ///
+    /// `processes_suite!` does not need it: there the workers are the test executable itself, run again.
+    fn worker(&self) -> Option<Command> {
+        None
+    }
+
     /// Returns the shortest lease or life that this store can keep; all times of the cases are multiples of it. A store that
     /// counts in seconds says one second.
     fn tick(&self) -> Duration {
@@ -59,6 +68,8 @@ pub trait DynHarness: Send + Sync + 'static {
     fn dyn_handler<'a>(&'a self, namespace: &'a str) -> BoxFuture<'a, Result<Arc<dyn SessionHandler>>>;
     /// See [`Harness::lock`].
     fn dyn_lock<'a>(&'a self, namespace: &'a str) -> BoxFuture<'a, Result<Arc<dyn SessionLock>>>;
+    /// See [`Harness::worker`].
+    fn dyn_worker(&self) -> Option<Command>;
     /// See [`Harness::tick`].
     fn dyn_tick(&self) -> Duration;
     /// See [`Harness::strict_expiry`].
@@ -74,6 +85,10 @@ impl<H: Harness> DynHarness for H {
 
     fn dyn_lock<'a>(&'a self, namespace: &'a str) -> BoxFuture<'a, Result<Arc<dyn SessionLock>>> {
         Box::pin(self.lock(namespace))
+    }
+
+    fn dyn_worker(&self) -> Option<Command> {
+        self.worker()
     }
 
     fn dyn_tick(&self) -> Duration {
@@ -138,6 +153,12 @@ impl Env {
     #[must_use]
     pub fn namespace(&self) -> &str {
         &self.namespace
+    }
+
+    /// Returns how to start a worker process; see [`Harness::worker`].
+    #[must_use]
+    pub fn worker(&self) -> Option<Command> {
+        self.harness.dyn_worker()
     }
 
     /// Returns the unit of time; see [`Harness::tick`].

@@ -24,6 +24,7 @@
 //! | macro | the claim |
 //! |---|---|
 //! | [`handler_suite!`] | the callbacks do what [`SessionHandler`](session_core::SessionHandler) says |
+//! | [`processes_suite!`] | all of it across processes, some of them killed or stopped |
 //!
 //! Each case is a `#[test]` of its own name, says which guarantee was broken and what was seen instead, and names no backend.
 //! A case of a random nature prints its seed; `CONFORMANCE_SEED=…` replays it. A missing server is a failed case: let the
@@ -34,8 +35,10 @@
 //! This crate knows the contract and nothing of any backend.
 
 mod case;
+mod children;
 mod handler;
 mod harness;
+pub mod processes;
 pub mod proxy;
 mod steps;
 

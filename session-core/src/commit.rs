@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::envelope::{Data, Forward, Payload};
+use crate::envelope::{Data, Forward, Key, Payload};
 use crate::error::{Error, ErrorKind, Result};
 use crate::handler::{Access, Expect, OpenRequest};
 use crate::id::SessionId;
@@ -18,7 +18,6 @@ use crate::record::{Change, Record, WriteId, Written};
 use crate::seal::{self, Purpose};
 use crate::sessions::{Core, Found, MAX_REDOS};
 use crate::ttl::Ttl;
-use crate::values::Key;
 
 /// How often a generated id may turn out to be taken before something must be wrong with the randomness.
 const MAX_COLLISIONS: usize = 3;

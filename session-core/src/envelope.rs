@@ -19,12 +19,15 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::codec::Codec;
 use crate::error::{Error, ErrorKind, Result};
-use crate::values::{Key, Values};
+use crate::values::Values;
 
 /// The most values that a session may have.
 pub(crate) const MAX_ENTRIES: usize = 100_000;
 /// The longest key, in bytes of UTF-8.
 pub(crate) const MAX_KEY: usize = 1024;
+
+/// The name of a value.
+pub(crate) type Key = Box<str>;
 
 // The first byte is in no text, so nothing that a PHP or JSON store holds begins like this.
 const MAGIC: [u8; 4] = *b"\xe5skv";
@@ -165,7 +168,7 @@ impl Payload {
         let body = match self {
             Self::Data(data) => {
                 let origin = data.origin.as_ref().map_or(0, |origin| field(origin.len()));
-                let entries = data.values.iter().map(|(key, value)| field(key.as_bytes().len()) + field(value.len()));
+                let entries = data.values.iter().map(|(key, value)| field(key.len()) + field(value.len()));
                 16 + origin + number_size(data.values.len()) + entries.sum::<usize>()
             }
             Self::Forward(forward) => field(forward.target.len()),
@@ -289,19 +292,18 @@ impl Reader<'_> {
         if count > (self.end - self.at) / 2 {
             return Err(corrupt(TRUNCATED));
         }
-        let mut values = Values::with_capacity(count);
-        let mut last: Option<Key> = None;
+        let (mut values, mut last) = (Values::new(), None);
         for _ in 0..count {
             let key = self.span()?;
             if key.len() > MAX_KEY {
                 return Err(corrupt(format!("a key of {} bytes, at most {MAX_KEY} are accepted", key.len())));
             }
-            let key = Key::from_utf8(self.bytes.slice(key)).ok_or_else(|| corrupt("a key is not UTF-8"))?;
+            let key = std::str::from_utf8(&self.bytes[key]).map_err(|_| corrupt("a key is not UTF-8"))?;
             if last.is_some_and(|last| last >= key) {
                 return Err(corrupt("the keys are not in ascending order, or one is there twice"));
             }
-            values.insert(key.clone(), self.field()?);
             last = Some(key);
+            values.insert(key.into(), self.field()?);
         }
         Ok(values)
     }
@@ -334,7 +336,7 @@ mod tests {
         let values = [("", &b""[..]), ("cart", b"\x01\x02"), ("user", &[7; 300])];
         let values: Values = values.into_iter().map(|(key, value)| (key.into(), Bytes::from_static(value))).collect();
         let data = Data { codec: Codec::MessagePack, created: 1, authenticated: -1, origin: None, values };
-        let rotated = Data { origin: Some(Bytes::from_static(b"sealed")), values: Values::default(), ..data.clone() };
+        let rotated = Data { origin: Some(Bytes::from_static(b"sealed")), values: Values::new(), ..data.clone() };
         let forward = Forward { target: Bytes::from_static(b"sealed"), seen: false };
         let seen = Forward { seen: true, ..forward.clone() };
         vec![

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::envelope::Key;
 use crate::error::{Error, ErrorKind, Result};
-use crate::values::{Key, Values};
+use crate::values::Values;
 
 /// A change of one key that can be done again on a newer value.
 pub(crate) type Redo = Arc<dyn Fn(Option<&[u8]>) -> Result<Option<Bytes>> + Send + Sync>;
@@ -24,8 +25,7 @@ pub(crate) fn lay_over(base: &Values, ours: &Values, theirs: &Values, redo: &[(K
     keys.sort_unstable();
     keys.dedup();
     for key in keys {
-        let name = key.as_str();
-        let (was, is, now) = (base.get(name), ours.get(name), theirs.get(name));
+        let (was, is, now) = (base.get(key), ours.get(key), theirs.get(key));
         let again = redo.iter().find(|(redo, _)| redo == key).map(|(_, changes)| changes);
         let result = match again {
             Some(changes) if now != was => {
@@ -37,14 +37,14 @@ pub(crate) fn lay_over(base: &Values, ours: &Values, theirs: &Values, redo: &[(K
             }
             _ if was == is || is == now => continue,
             _ if now != was => {
-                conflicts.push(name.to_string());
+                conflicts.push(key.to_string());
                 continue;
             }
             _ => is.cloned(),
         };
         match result {
             Some(value) => merged.insert(key.clone(), value),
-            None => drop(merged.remove(name)),
+            None => drop(merged.remove(key)),
         }
     }
     if conflicts.is_empty() {

@@ -10,13 +10,13 @@ use tokio::sync::oneshot;
 
 use crate::codec::ValueCodec;
 use crate::commit::{Mode, NewId, Then, Work};
-use crate::envelope;
+use crate::envelope::{self, Key};
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::SessionId;
 use crate::janitor::owned;
 use crate::merge::{Redo, lay_over};
 use crate::sessions::Sessions;
-use crate::values::{Key, Values};
+use crate::values::Values;
 use crate::view::SessionView;
 
 /// Keys that begin with this are ours: flash values are kept apart from the application's.
@@ -150,7 +150,7 @@ impl Session {
         if self.work.mode == Mode::Merge {
             let was = self.work.base.as_ref().and_then(|base| base.values.get(key));
             let untouched = self.work.data.values.get(key) == was;
-            match self.work.redo.iter_mut().find(|(redo, _)| redo.as_str() == key) {
+            match self.work.redo.iter_mut().find(|(redo, _)| &**redo == key) {
                 Some((_, changes)) => changes.push(redo),
                 // After an `insert` the value is ours, not a function of theirs.
                 None if untouched => self.work.redo.push((Key::from(key), vec![redo])),
@@ -317,7 +317,7 @@ impl Session {
     }
 
     fn forget_redo(&mut self, key: &str) {
-        self.work.redo.retain(|(redo, _)| redo.as_str() != key);
+        self.work.redo.retain(|(redo, _)| &**redo != key);
     }
 
     /// What the visitor may be given: the id of what is stored.
@@ -399,7 +399,7 @@ impl fmt::Debug for Session {
 }
 
 pub(crate) fn visible_keys(values: &Values) -> impl Iterator<Item = &str> {
-    values.keys().map(Key::as_str).filter(|key| !key.starts_with(RESERVED))
+    values.keys().map(|key| &**key).filter(|key| !key.starts_with(RESERVED))
 }
 
 fn check_key(key: &str) -> Result<()> {

@@ -1,0 +1,1040 @@
+//! The suite of several processes: what must hold when a holder is killed, stopped or far away in another process.
+//!
+//! A case runs in the parent. Its children are this executable, started anew, and do what they are told ([`worker`]). Nothing
+//! here knows how a store keeps its locks: with a lease, a stopped holder is taken over and fenced; with a kernel lock, he keeps
+//! it and the others time out. Both are right.
+
+use std::collections::{HashMap, HashSet};
+use std::num::NonZeroU32;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use session_core::{
+    Change, Error, ErrorKind, Expect, OpenRequest, OpenSession, Record, Result, SessionHandler, SessionId, SessionLock, Ttl,
+    WriteId, Written,
+};
+use tokio::sync::mpsc;
+
+use crate::case::suite;
+use crate::children::{Child, parent_lines, tell_parent};
+use crate::harness::{Env, Harness};
+use crate::steps::{look, new_id, open};
+
+suite! { $
+    /// The cases of [`processes_suite!`](crate::processes_suite), without the worker that they start.
+    #[doc(hidden)]
+    processes as __processes_cases {
+        killed_holder_frees_its_session:
+            "A killed holder frees its session, at the end of its lease at the latest, and what it had written stays.";
+        stopped_holder_never_overwrites_who_took_over:
+            "A holder that was stopped past its lease is refused once somebody took over; if nobody can, the waiter is told in time.";
+        closing_after_a_takeover_leaves_the_next_holder_alone:
+            "A holder that was taken over gives back nothing that belongs to the next one.";
+        waiter_that_gives_up_leaves_the_holder_alone:
+            "A waiter whose time is up is told so in time, and the holder keeps the lock.";
+        killed_waiters_do_not_disturb_the_queue:
+            "Dead waiters at the head of a queue hold up nobody who lives.";
+        increments_of_six_processes_are_all_kept:
+            "Whatever six processes add to one session at once is all there at the end.";
+        appends_survive_the_killing_of_random_holders:
+            "No acknowledged append is lost and none is applied twice, whoever is killed meanwhile.";
+        acknowledged_write_survives_the_death_of_its_writer:
+            "A write that was acknowledged is there, even if its writer dies at once.";
+        kill_during_a_write_leaves_the_record_whole:
+            "A writer that is killed leaves the old record or the new one, never a mixture.";
+        views_beside_a_writing_process_never_go_back:
+            "A view sees whole records, and never an older one after a newer one, while another process writes.";
+        what_one_process_wrote_the_next_one_reads:
+            "A write that was acknowledged to one process is what every other process reads from then on.";
+        destroy_in_one_process_reaches_a_holder_in_another:
+            "A session that one process destroys is not brought back by a holder in another, who is told that it is gone.";
+        absent_id_raced_by_two_processes_is_created_once:
+            "Of two processes that open the same absent id, one creates it and the other one finds it.";
+        release_wakes_a_waiter_in_another_process:
+            "A release lets a waiter in another process in soon, not at the end of some long sleep.";
+        no_process_starves:
+            "Of four processes that want the same session all the time, each one gets it.";
+        gc_spares_what_another_process_holds:
+            "Collecting in one process neither counts nor removes what another one holds, however short its life was to be.";
+        gc_keeps_the_locks_of_another_process:
+            "Collecting in one process gives nobody a lock that another one holds.";
+    }
+}
+
+/// Claims that everything holds across processes, killed and stopped ones included; takes a harness.
+///
+/// The children are this test executable itself, run again for the single test `conformance_worker` that the macro adds; it
+/// does nothing unless such a parent has started it. The harness must give the same store for the same namespace in every
+/// process.
+#[macro_export]
+macro_rules! processes_suite {
+    ($harness:expr) => {
+        $crate::__processes_cases!($crate::processes::InTestBinary::new($harness, module_path!()));
+
+        #[test]
+        fn conformance_worker() {
+            $crate::processes::worker_of_a_test(&$harness);
+        }
+    };
+}
+
+/// Set in the environment of a test executable that is to be a worker.
+const WORKER: &str = "SESSIONKIT_CONFORMANCE_WORKER";
+
+/// A harness whose workers are this test executable, run again.
+#[derive(Debug)]
+pub struct InTestBinary<H> {
+    harness: H,
+    test: String,
+}
+
+impl<H: Harness> InTestBinary<H> {
+    /// Wraps `harness`. `module` is the module of the cases; the test `conformance_worker` stands beside it.
+    #[must_use]
+    pub fn new(harness: H, module: &str) -> Self {
+        // The name of the executable comes first in a path of modules and is no part of a test's name.
+        let within: Vec<&str> = module.split("::").skip(1).collect();
+        let outer = &within[..within.len().saturating_sub(1)];
+        let test = outer.iter().copied().chain(["conformance_worker"]).collect::<Vec<_>>().join("::");
+        Self { harness, test }
+    }
+}
+
+impl<H: Harness> Harness for InTestBinary<H> {
+    async fn handler(&self, namespace: &str) -> Result<Arc<dyn SessionHandler>> {
+        self.harness.handler(namespace).await
+    }
+
+    async fn lock(&self, namespace: &str) -> Result<Arc<dyn SessionLock>> {
+        self.harness.lock(namespace).await
+    }
+
+    fn worker(&self) -> Option<Command> {
+        if let Some(command) = self.harness.worker() {
+            return Some(command);
+        }
+        let mut command = Command::new(std::env::current_exe().ok()?);
+        command.args([&self.test, "--exact", "--nocapture", "--test-threads=1"]).env(WORKER, "1");
+        Some(command)
+    }
+
+    fn tick(&self) -> Duration {
+        self.harness.tick()
+    }
+
+    fn strict_expiry(&self) -> bool {
+        self.harness.strict_expiry()
+    }
+
+    fn remembers_destroyed(&self) -> bool {
+        self.harness.remembers_destroyed()
+    }
+}
+
+/// Is a worker if a case has started this test executable as one; otherwise does nothing.
+pub fn worker_of_a_test(harness: &impl Harness) {
+    if std::env::var_os(WORKER).is_some() {
+        worker(harness);
+    }
+}
+
+/// Is a worker process: does what the case in the parent process says, line by line, until that one has no more to say.
+///
+/// [`Harness::worker`] has to start a process that calls this with the same harness. It needs no runtime around it.
+///
+/// # Panics
+/// If no runtime can be built.
+pub fn worker(harness: &impl Harness) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    runtime.expect("a runtime can be built").block_on(async {
+        let mut orders = parent_lines();
+        let Some(namespace) = orders.recv().await else { return };
+        let handler = match harness.handler(&namespace).await {
+            Ok(handler) => handler,
+            Err(error) => return say(&Answer::refused(&error)),
+        };
+        say(&Answer::Done);
+        let mut servant = Servant { handler, opened: None, orders };
+        while let Some(order) = servant.orders.recv().await {
+            let order = serde_json::from_str(&order).expect("parent and child are the same program");
+            let answer = match servant.obey(order).await {
+                Ok(answer) => answer,
+                Err(error) => Answer::refused(&error),
+            };
+            say(&answer);
+        }
+    });
+}
+
+/// What a case asks of a process.
+#[derive(Debug, Serialize, Deserialize)]
+enum Order {
+    /// Open and keep it.
+    Open {
+        id: String,
+        wait: Duration,
+        lease: Duration,
+        any: bool,
+    },
+    Read,
+    Write(String),
+    Save(String),
+    Close,
+    /// Read without a lock.
+    Look(String),
+    /// Open, create if it is absent, close.
+    Create {
+        id: String,
+        lease: Duration,
+        text: String,
+    },
+    /// Append ids of its own until told to stop, or so many.
+    Append {
+        id: String,
+        writer: String,
+        lease: Duration,
+        times: u64,
+    },
+    /// Replace the record by ever newer ones until told to stop.
+    Rewrite {
+        id: String,
+        lease: Duration,
+        from: u64,
+        tell: bool,
+    },
+    Stop,
+}
+
+/// What a process answers.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+enum Answer {
+    Done,
+    Record(Option<String>),
+    Created,
+    /// This write was acknowledged.
+    Acked(u64),
+    /// This write was sent and nobody knows.
+    Unsure(u64),
+    Refused {
+        kind: String,
+        text: String,
+    },
+}
+
+impl Answer {
+    fn refused(error: &Error) -> Self {
+        Self::Refused { kind: error.kind().as_str().into(), text: format!("{error:?}") }
+    }
+}
+
+fn say(answer: &Answer) {
+    tell_parent(&serde_json::to_string(answer).expect("an answer is plain data"));
+}
+
+struct Servant {
+    handler: Arc<dyn SessionHandler>,
+    opened: Option<Box<dyn OpenSession>>,
+    orders: mpsc::UnboundedReceiver<String>,
+}
+
+/// A worker waits for a lock for longer than any case lasts that goes well.
+const LONG: Duration = Duration::from_secs(50);
+
+impl Servant {
+    async fn obey(&mut self, order: Order) -> Result<Answer> {
+        match order {
+            Order::Open { id, wait, lease, any } => {
+                let expect = if any { Expect::Any } else { Expect::Existing };
+                self.opened = Some(self.open(&id, wait, lease, expect).await?);
+            }
+            Order::Read => return Ok(Answer::Record(text_of(self.opened()?.read().await?))),
+            Order::Write(text) => {
+                self.opened()?.write(&record(&text), WriteId::random()?).await?;
+            }
+            Order::Save(text) => {
+                self.opened()?.save(&Change::Write(record(&text)), WriteId::random()?).await?;
+            }
+            Order::Close => self.opened()?.close().await?,
+            Order::Look(id) => {
+                let mut view = self.handler.open(&parse(&id), &OpenRequest::read_only()).await?;
+                let seen = text_of(view.read().await?);
+                view.close().await?;
+                return Ok(Answer::Record(seen));
+            }
+            Order::Create { id, lease, text } => {
+                let mut opened = self.open(&id, LONG, lease, Expect::Any).await?;
+                let found = text_of(opened.read().await?);
+                if found.is_some() {
+                    opened.close().await?;
+                    return Ok(Answer::Record(found));
+                }
+                // Time enough for the other one to believe the same.
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                opened.save(&Change::Write(record(&text)), WriteId::random()?).await?;
+                return Ok(Answer::Created);
+            }
+            Order::Append { id, writer, lease, times } => return self.append(&id, &writer, lease, times).await,
+            Order::Rewrite { id, lease, from, tell } => return self.rewrite(&id, lease, from, tell).await,
+            Order::Stop => {}
+        }
+        Ok(Answer::Done)
+    }
+
+    fn opened(&mut self) -> Result<&mut Box<dyn OpenSession>> {
+        self.opened.as_mut().ok_or_else(|| Error::new(ErrorKind::Unexpected, "worker", "nothing is open"))
+    }
+
+    async fn open(&self, id: &str, wait: Duration, lease: Duration, expect: Expect) -> Result<Box<dyn OpenSession>> {
+        self.handler.open(&parse(id), &OpenRequest::exclusive(wait, lease).expecting(expect)).await
+    }
+
+    fn told_to_stop(&mut self) -> bool {
+        self.orders.try_recv().is_ok()
+    }
+
+    async fn append(&mut self, id: &str, writer: &str, lease: Duration, times: u64) -> Result<Answer> {
+        let mut n = 1;
+        while n <= times && !self.told_to_stop() {
+            let mut opened = match self.open(id, LONG, lease, Expect::Existing).await {
+                Err(error) if error.kind() == ErrorKind::LockTimeout => continue,
+                opened => opened?,
+            };
+            let before = text_of(opened.read().await?).ok_or_else(|| {
+                // Nobody destroys it, so the case has failed.
+                Error::new(ErrorKind::Gone, "append", "the session is absent although nobody destroyed it")
+            })?;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            let change = Change::Write(record(&format!("{before} {writer}:{n}")));
+            match settle(&mut *opened, &change).await {
+                Ok(_) => say(&Answer::Acked(n)),
+                // Certainly not applied: the same number is tried again.
+                Err(error) if matches!(error.kind(), ErrorKind::Fenced | ErrorKind::Conflict) => continue,
+                Err(error) if error.kind() == ErrorKind::Unknown => say(&Answer::Unsure(n)),
+                Err(error) => return Err(error),
+            }
+            n += 1;
+        }
+        Ok(Answer::Done)
+    }
+
+    async fn rewrite(&mut self, id: &str, lease: Duration, from: u64, tell: bool) -> Result<Answer> {
+        let mut n = from;
+        while !self.told_to_stop() {
+            let mut opened = match self.open(id, LONG, lease, Expect::Existing).await {
+                Err(error) if error.kind() == ErrorKind::LockTimeout => continue,
+                opened => opened?,
+            };
+            match settle(&mut *opened, &Change::Write(record(&edition(n)))).await {
+                Ok(_) => {}
+                Err(error) if matches!(error.kind(), ErrorKind::Fenced | ErrorKind::Unknown) => continue,
+                Err(error) => return Err(error),
+            }
+            if tell {
+                say(&Answer::Acked(n));
+            }
+            n += 1;
+        }
+        Ok(Answer::Done)
+    }
+}
+
+/// Saves, and asks again under the same write id while nobody can say what became of it.
+async fn settle(opened: &mut dyn OpenSession, change: &Change) -> Result<Written> {
+    let id = WriteId::random()?;
+    for _ in 0..5 {
+        match opened.save(change, id).await {
+            Err(error) if error.kind().keeps_opening() && error.kind() != ErrorKind::TooLarge => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            outcome => return outcome,
+        }
+    }
+    opened.save(change, id).await
+}
+
+fn parse(id: &str) -> SessionId {
+    SessionId::parse(id).expect("the parent sends ids")
+}
+
+fn record(text: &str) -> Record {
+    Record::new(text, Ttl::from_secs(1200))
+}
+
+fn text_of(record: Option<Record>) -> Option<String> {
+    record.map(|record| String::from_utf8_lossy(&record.data).into_owned())
+}
+
+/// The `n`th of a series of records whose lengths differ and which say in every byte which one they are.
+fn edition(n: u64) -> String {
+    let filler = char::from(b'a' + u8::try_from(n % 26).expect("a remainder of 26"));
+    let length = usize::try_from(200 + n * 7919 % 60_000).expect("a remainder of 60,000");
+    format!("{n:012}{}", filler.to_string().repeat(length))
+}
+
+/// Returns which one of the series this is, if it is one.
+fn edition_of(text: &str) -> Option<u64> {
+    let n = text.get(..12)?.parse().ok()?;
+    (edition(n) == text).then_some(n)
+}
+
+/// Another process, which works on the store of the case.
+struct Peer(Child);
+
+/// How long a process may take to answer what needs no waiting, on a machine that does a hundred other things.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+impl Peer {
+    async fn start(env: &Env) -> Self {
+        let Some(mut command) = env.worker() else {
+            panic!("the harness cannot start a worker process; see Harness::worker");
+        };
+        let mut peer = Self(Child::start(&mut command).unwrap_or_else(|e| panic!("no process could be started: {e}")));
+        peer.0.send(env.namespace()).unwrap_or_else(|e| panic!("the worker process ended at once: {e}"));
+        peer.expect(&Answer::Done).await;
+        peer
+    }
+
+    async fn start_many(env: &Env, count: usize) -> Vec<Self> {
+        let mut peers = Vec::new();
+        for _ in 0..count {
+            peers.push(Self::start(env).await);
+        }
+        peers
+    }
+
+    fn order(&mut self, order: &Order) {
+        let line = serde_json::to_string(order).expect("an order is plain data");
+        self.0.send(&line).unwrap_or_else(|e| panic!("a worker process is gone: {e}: {}", self.0.other_lines()));
+    }
+
+    async fn answer(&mut self, limit: Duration) -> Answer {
+        match self.0.line(limit).await {
+            Ok(Some(line)) => serde_json::from_str(&line).expect("parent and child are the same program"),
+            Ok(None) => panic!("a worker process ended: {}", self.0.other_lines()),
+            Err(_) => panic!("a worker process did not answer within {limit:?}"),
+        }
+    }
+
+    async fn ask(&mut self, order: &Order) -> Answer {
+        self.order(order);
+        self.answer(PATIENCE).await
+    }
+
+    async fn expect(&mut self, expected: &Answer) {
+        let answer = self.answer(PATIENCE).await;
+        assert!(answer == *expected, "a worker process answered {answer:?}, expected {expected:?}");
+    }
+
+    /// Does what must succeed.
+    async fn must(&mut self, order: &Order) {
+        let answer = self.ask(order).await;
+        assert!(answer == Answer::Done, "in another process {} was answered {answer:?}", name_of(order));
+    }
+
+    /// Does what must be refused, with one of these kinds.
+    async fn must_not(&mut self, order: &Order, kinds: &[ErrorKind], why: &str) {
+        match self.ask(order).await {
+            Answer::Refused { kind, .. } if kinds.iter().any(|allowed| allowed.as_str() == kind) => {}
+            answer => panic!("{why}: {} was answered {answer:?}, expected one of {kinds:?}", name_of(order)),
+        }
+    }
+
+    /// Opens exclusively, reads `text`, and keeps it.
+    async fn hold(&mut self, id: &SessionId, lease: Duration, text: Option<&str>) {
+        self.must(&Order::Open { id: id.as_str().into(), wait: PATIENCE, lease, any: text.is_none() }).await;
+        let read = self.ask(&Order::Read).await;
+        assert!(read == Answer::Record(text.map(Into::into)), "in another process a read was answered {read:?}");
+    }
+
+    /// Collects what a loop says until it is done.
+    async fn rest(&mut self, ledger: &mut Ledger, writer: &str) {
+        loop {
+            match self.answer(PATIENCE + LONG).await {
+                Answer::Done => return,
+                answer => ledger.note(writer, &answer),
+            }
+        }
+    }
+
+    fn stop(&self) {
+        self.0.stop().unwrap_or_else(|e| panic!("a process could not be stopped: {e}"));
+    }
+
+    fn go_on(&self) {
+        self.0.go_on().unwrap_or_else(|e| panic!("a process could not be continued: {e}"));
+    }
+
+    fn kill(&mut self) {
+        self.0.kill().unwrap_or_else(|e| panic!("a process could not be killed: {e}"));
+    }
+}
+
+fn name_of(order: &Order) -> &'static str {
+    match order {
+        Order::Open { .. } => "open",
+        Order::Read => "read",
+        Order::Write(_) => "write",
+        Order::Save(_) => "save",
+        Order::Close => "close",
+        Order::Look(_) => "a view",
+        Order::Create { .. } => "a creation",
+        Order::Append { .. } => "an append",
+        Order::Rewrite { .. } => "a rewrite",
+        Order::Stop => "stop",
+    }
+}
+
+/// What the processes were told about their appends.
+#[derive(Default)]
+struct Ledger {
+    acked: HashSet<String>,
+    unsure: HashSet<String>,
+    last: HashMap<String, u64>,
+}
+
+impl Ledger {
+    fn note(&mut self, writer: &str, answer: &Answer) {
+        let n = match answer {
+            Answer::Acked(n) => {
+                self.acked.insert(format!("{writer}:{n}"));
+                *n
+            }
+            Answer::Unsure(n) => {
+                self.unsure.insert(format!("{writer}:{n}"));
+                *n
+            }
+            other => panic!("in another process an append was answered {other:?}"),
+        };
+        self.last.insert(writer.into(), n);
+    }
+
+    /// The writer is dead: the write that it was at may be there or not.
+    fn note_death(&mut self, writer: &str) {
+        let n = self.last.get(writer).map_or(1, |n| n + 1);
+        self.unsure.insert(format!("{writer}:{n}"));
+    }
+
+    /// Nothing acknowledged is missing, nothing is there twice, and nothing is there that nobody wrote.
+    fn check(&self, text: &str) {
+        let all: Vec<&str> = text.split_whitespace().skip(1).collect();
+        let there: HashSet<&str> = all.iter().copied().collect();
+        let lost = self.acked.iter().filter(|id| !there.contains(id.as_str())).count();
+        assert!(lost == 0, "{lost} of {} acknowledged appends are lost", self.acked.len());
+        assert!(there.len() == all.len(), "{} appends were applied twice", all.len() - there.len());
+        let strange = there.iter().filter(|id| !self.acked.contains(**id) && !self.unsure.contains(**id)).count();
+        assert!(strange == 0, "{strange} appends are there although they were refused");
+    }
+}
+
+/// A lease that a case can afford to wait for.
+fn short(env: &Env) -> Duration {
+    env.tick() * 5
+}
+
+/// A wait that outlasts the lease of a holder who is dead or stopped, with a second for stores that count in seconds and two
+/// for a busy machine.
+fn past_the_lease(env: &Env) -> Duration {
+    short(env) + env.tick() + Duration::from_secs(3)
+}
+
+/// Creates a session.
+async fn stored(handler: &dyn SessionHandler, env: &Env, text: &str, ttl: Ttl) -> SessionId {
+    let id = new_id();
+    let mut opened = open(handler, &id, OpenRequest::exclusive(PATIENCE, short(env)).expecting(Expect::Any)).await;
+    let seen = opened.read().await.unwrap_or_else(|error| panic!("a new id could not be read: {error:?}"));
+    assert_eq!(seen, None, "a new id is not absent");
+    save(&mut *opened, &Record::new(text, ttl)).await;
+    id
+}
+
+async fn save(opened: &mut dyn OpenSession, record: &Record) {
+    let outcome = settle(opened, &Change::Write(record.clone())).await;
+    outcome.unwrap_or_else(|error| panic!("a holder whom nobody disturbed could not save: {error:?}"));
+}
+
+async fn read(opened: &mut dyn OpenSession) -> Option<String> {
+    text_of(opened.read().await.unwrap_or_else(|error| panic!("a holder could not read: {error:?}")))
+}
+
+async fn close(opened: &mut dyn OpenSession) {
+    opened.close().await.unwrap_or_else(|error| panic!("close failed: {error:?}"));
+}
+
+async fn see(handler: &dyn SessionHandler, id: &SessionId) -> Option<String> {
+    look(handler, id).await.map(|data| String::from_utf8_lossy(&data).into_owned())
+}
+
+/// Life enough for any case.
+fn long_life() -> Ttl {
+    Ttl::from_secs(1200)
+}
+
+async fn killed_holder_frees_its_session(env: Env) {
+    let handler = env.handler().await;
+    let id = stored(&*handler, &env, "before", long_life()).await;
+    let mut peer = Peer::start(&env).await;
+    peer.hold(&id, short(&env), Some("before")).await;
+    peer.must(&Order::Write("during".into())).await;
+    peer.kill();
+    let mut opened = open(&*handler, &id, OpenRequest::exclusive(past_the_lease(&env), short(&env))).await;
+    assert_eq!(read(&mut *opened).await.as_deref(), Some("during"));
+    save(&mut *opened, &record("after")).await;
+    assert_eq!(see(&*handler, &id).await.as_deref(), Some("after"));
+}
+
+/// What came of waiting for a holder that stands still.
+enum Takeover {
+    TookOver(Box<dyn OpenSession>),
+    HolderKeepsIt,
+}
+
+/// Waits for the lock of a stopped process: a lease ends, a kernel lock does not, and then the waiter is told in time.
+async fn take_over(handler: &dyn SessionHandler, env: &Env, id: &SessionId, holder: &Peer) -> Takeover {
+    let wait = past_the_lease(env);
+    let started = Instant::now();
+    match handler.open(id, &OpenRequest::exclusive(wait, short(env) * 4)).await {
+        Ok(opened) => Takeover::TookOver(opened),
+        Err(error) => {
+            assert_timed_out(&error, wait, started.elapsed(), holder.0.pid());
+            Takeover::HolderKeepsIt
+        }
+    }
+}
+
+fn assert_timed_out(error: &Error, wait: Duration, waited: Duration, pid: u32) {
+    assert_eq!(error.kind(), ErrorKind::LockTimeout, "{error:?}");
+    let tolerance = Duration::from_millis(250);
+    assert!(waited + tolerance >= wait && waited <= wait + tolerance, "a wait of {wait:?} ended after {waited:?}");
+    if let Some(holder) = error.holder() {
+        let numbers = holder.process.split(|c: char| !c.is_ascii_digit());
+        assert!(numbers.into_iter().any(|n| n == pid.to_string()), "the holder is said to be {holder}, it is pid {pid}");
+    }
+}
+
+async fn stopped_holder_never_overwrites_who_took_over(env: Env) {
+    let handler = env.handler().await;
+    let id = stored(&*handler, &env, "before", long_life()).await;
+    let mut peer = Peer::start(&env).await;
+    peer.hold(&id, short(&env), Some("before")).await;
+    peer.stop();
+    match take_over(&*handler, &env, &id, &peer).await {
+        Takeover::TookOver(mut opened) => {
+            assert_eq!(read(&mut *opened).await.as_deref(), Some("before"));
+            save(&mut *opened, &record("the next one's")).await;
+            peer.go_on();
+            let why = "somebody else took over and wrote while this holder was stopped";
+            peer.must_not(&Order::Write("late".into()), &[ErrorKind::Fenced], why).await;
+            assert_eq!(see(&*handler, &id).await.as_deref(), Some("the next one's"));
+        }
+        Takeover::HolderKeepsIt => {
+            peer.go_on();
+            peer.must(&Order::Save("late".into())).await;
+            assert_eq!(see(&*handler, &id).await.as_deref(), Some("late"));
+        }
+    }
+}
+
+async fn closing_after_a_takeover_leaves_the_next_holder_alone(env: Env) {
+    let handler = env.handler().await;
+    let id = stored(&*handler, &env, "before", long_life()).await;
+    let mut peer = Peer::start(&env).await;
+    peer.hold(&id, short(&env), Some("before")).await;
+    peer.stop();
+    let taken = take_over(&*handler, &env, &id, &peer).await;
+    peer.go_on();
+    peer.must(&Order::Close).await;
+    let at_once = OpenRequest::exclusive(Duration::ZERO, short(&env));
+    match taken {
+        Takeover::TookOver(mut opened) => {
+            assert_held(&*handler, &id, &at_once, "the holder before has closed").await;
+            save(&mut *opened, &record("after")).await;
+        }
+        Takeover::HolderKeepsIt => {
+            let mut opened = open(&*handler, &id, OpenRequest::exclusive(PATIENCE, short(&env))).await;
+            save(&mut *opened, &record("after")).await;
+        }
+    }
+    assert_eq!(see(&*handler, &id).await.as_deref(), Some("after"));
+}
+
+async fn assert_held(handler: &dyn SessionHandler, id: &SessionId, request: &OpenRequest, when: &str) {
+    match handler.open(id, request).await {
+        Err(error) if error.kind() == ErrorKind::LockTimeout => {}
+        Err(error) => panic!("an open of what somebody holds failed with {error:?}"),
+        Ok(_) => panic!("a second one got the lock after {when}"),
+    }
+}
+
+async fn waiter_that_gives_up_leaves_the_holder_alone(env: Env) {
+    let handler = env.handler().await;
+    let id = stored(&*handler, &env, "before", long_life()).await;
+    let mut peer = Peer::start(&env).await;
+    peer.hold(&id, env.lease(), Some("before")).await;
+    for wait in [env.tick() * 2, Duration::ZERO] {
+        let started = Instant::now();
+        match handler.open(&id, &OpenRequest::exclusive(wait, short(&env))).await {
+            Ok(_) => panic!("two processes hold one session"),
+            Err(error) => assert_timed_out(&error, wait, started.elapsed(), peer.0.pid()),
+        }
+    }
+    peer.must(&Order::Save("after".into())).await;
+    assert_eq!(see(&*handler, &id).await.as_deref(), Some("after"));
+}
+
+async fn killed_waiters_do_not_disturb_the_queue(env: Env) {
+    let handler = env.handler().await;
+    let id = stored(&*handler, &env, "before", long_life()).await;
+    let mut holder = Peer::start(&env).await;
+    let mut waiters = Peer::start_many(&env, 3).await;
+    holder.hold(&id, short(&env), Some("before")).await;
+    for waiter in &mut waiters {
+        waiter.order(&Order::Open { id: id.as_str().into(), wait: LONG, lease: short(&env), any: false });
+        // One after the other, so that they queue in this order if the store has a queue.
+        tokio::time::sleep(env.tick() / 4).await;
+    }
+    let (fourth, lease) = (env.handler().await, short(&env));
+    // The three dead may cost a second each; see `claim` in the rules for queues.
+    let wait = past_the_lease(&env) + Duration::from_secs(3);
+    let waiting = {
+        let id = id.clone();
+        env.spawn(async move { fourth.open(&id, &OpenRequest::exclusive(wait, lease)).await })
+    };
+    tokio::time::sleep(env.tick() / 4).await;
+    for waiter in &mut waiters {
+        waiter.kill();
+    }
+    holder.kill();
+    match env.joined(waiting).await {
+        Ok(mut opened) => save(&mut *opened, &record("after")).await,
+        Err(error) => panic!("behind three dead waiters and a dead holder: {error:?}"),
+    }
+    assert_eq!(see(&*handler, &id).await.as_deref(), Some("after"));
+}
+
+async fn increments_of_six_processes_are_all_kept(env: Env) {
+    let handler = env.handler().await;
+    let id = stored(&*handler, &env, "begin", long_life()).await;
+    let mut peers = Peer::start_many(&env, 6).await;
+    let mut ledger = Ledger::default();
+    for (n, peer) in peers.iter_mut().enumerate() {
+        // The lease is long: nobody may need the fence here.
+        let (id, writer) = (id.as_str().into(), format!("w{n}"));
+        peer.order(&Order::Append { id, writer, lease: env.lease(), times: 20 });
+    }
+    for (n, peer) in peers.iter_mut().enumerate() {
+        peer.rest(&mut ledger, &format!("w{n}")).await;
+    }
+    assert_eq!(ledger.acked.len() + ledger.unsure.len(), 120);
+    ledger.check(&see(&*handler, &id).await.expect("the session is absent"));
+}
+
+async fn appends_survive_the_killing_of_random_holders(env: Env) {
+    let handler = env.handler().await;
+    let id = stored(&*handler, &env, "begin", long_life()).await;
+    let mut rng = env.rng(1);
+    let mut ledger = Ledger::default();
+    let mut started = 0;
+    let mut begin = async || {
+        started += 1;
+        let writer = format!("w{started}");
+        let mut peer = Peer::start(&env).await;
+        let order = Order::Append { id: id.as_str().into(), writer: writer.clone(), lease: env.tick() * 2, times: u64::MAX };
+        peer.order(&order);
+        (peer, writer)
+    };
+    let mut peers = Vec::new();
+    for _ in 0..4 {
+        peers.push(begin().await);
+    }
+    for _ in 0..6 {
+        tokio::time::sleep(env.tick() / 2 + rng.duration(env.tick() * 2)).await;
+        let victim = usize::try_from(rng.below(4)).expect("one of four");
+        let (mut peer, writer) = std::mem::replace(&mut peers[victim], begin().await);
+        peer.kill();
+        while let Ok(Some(line)) = peer.0.line(PATIENCE).await {
+            ledger.note(&writer, &serde_json::from_str(&line).expect("parent and child are the same program"));
+        }
+        ledger.note_death(&writer);
+    }
+    for (peer, writer) in &mut peers {
+        peer.order(&Order::Stop);
+        peer.rest(&mut ledger, writer).await;
+    }
+    assert!(ledger.acked.len() > 20, "only {} appends in all", ledger.acked.len());
+    // An exclusive opening, so that whatever was under way has arrived or never will.
+    let mut opened = open(&*handler, &id, OpenRequest::exclusive(past_the_lease(&env), short(&env))).await;
+    let text = read(&mut *opened).await.expect("the session is absent");
+    close(&mut *opened).await;
+    ledger.check(&text);
+}
+
+async fn acknowledged_write_survives_the_death_of_its_writer(env: Env) {
+    let handler = env.handler().await;
+    for round in 0..5 {
+        let id = stored(&*handler, &env, "before", long_life()).await;
+        let mut peer = Peer::start(&env).await;
+        peer.hold(&id, short(&env), Some("before")).await;
+        let order = if round % 2 == 0 { Order::Write("after".into()) } else { Order::Save("after".into()) };
+        peer.must(&order).await;
+        peer.kill();
+        assert_eq!(see(&*handler, &id).await.as_deref(), Some("after"), "after {}", name_of(&order));
+    }
+}
+
+async fn kill_during_a_write_leaves_the_record_whole(env: Env) {
+    let handler = env.handler().await;
+    let id = stored(&*handler, &env, &edition(0), long_life()).await;
+    let mut rng = env.rng(2);
+    let mut newest = 0;
+    for _ in 0..6 {
+        let mut peer = Peer::start(&env).await;
+        let lease = env.tick() * 2;
+        peer.order(&Order::Rewrite { id: id.as_str().into(), lease, from: newest + 1, tell: true });
+        let first = peer.answer(PATIENCE).await;
+        assert!(first == Answer::Acked(newest + 1), "in another process a rewrite was answered {first:?}");
+        newest += 1;
+        tokio::time::sleep(rng.duration(Duration::from_millis(60))).await;
+        peer.kill();
+        while let Ok(Some(line)) = peer.0.line(PATIENCE).await {
+            match serde_json::from_str(&line).expect("parent and child are the same program") {
+                Answer::Acked(n) => newest = n,
+                answer => panic!("in another process a rewrite was answered {answer:?}"),
+            }
+        }
+        let seen = see(&*handler, &id).await.expect("the session is absent after a kill");
+        let seen = edition_of(&seen).expect("a killed writer left a mixture of two records");
+        let mut opened = open(&*handler, &id, OpenRequest::exclusive(past_the_lease(&env), short(&env))).await;
+        let held = read(&mut *opened).await.expect("the session is absent after a kill");
+        let held = edition_of(&held).expect("a killed writer left a mixture of two records");
+        assert!(
+            newest <= seen && seen <= held && held <= newest + 1,
+            "record {newest} was acknowledged, a view sees {seen}, the next holder {held}"
+        );
+        newest = held;
+        close(&mut *opened).await;
+    }
+}
+
+async fn views_beside_a_writing_process_never_go_back(env: Env) {
+    let handler = env.handler().await;
+    let id = stored(&*handler, &env, &edition(0), long_life()).await;
+    let mut peer = Peer::start(&env).await;
+    peer.order(&Order::Rewrite { id: id.as_str().into(), lease: env.lease(), from: 1, tell: false });
+    let until = Instant::now() + Duration::from_millis(1500);
+    let mut viewers = Vec::new();
+    for _ in 0..2 {
+        let (handler, id) = (env.handler().await, id.clone());
+        viewers.push(env.spawn(async move {
+            let mut newest = 0;
+            while Instant::now() < until {
+                let seen = see(&*handler, &id).await.expect("a view found the session absent");
+                let seen = edition_of(&seen).expect("a view saw a mixture of two records");
+                assert!(seen >= newest, "a view saw record {seen} after record {newest}");
+                newest = seen;
+            }
+            newest
+        }));
+    }
+    for viewer in viewers {
+        let newest = env.joined(viewer).await;
+        assert!(newest > 1, "a view saw nothing of what was written meanwhile");
+    }
+    peer.must(&Order::Stop).await;
+}
+
+async fn what_one_process_wrote_the_next_one_reads(env: Env) {
+    let handler = env.handler().await;
+    let id = stored(&*handler, &env, "0", long_life()).await;
+    let mut peers = Peer::start_many(&env, 3).await;
+    for n in 1..=30usize {
+        let (before, after) = ((n - 1).to_string(), n.to_string());
+        let writer = n % 3;
+        peers[writer].hold(&id, env.lease(), Some(&before)).await;
+        peers[writer].must(&Order::Save(after.clone())).await;
+        for peer in &mut peers {
+            let seen = peer.ask(&Order::Look(id.as_str().into())).await;
+            assert!(seen == Answer::Record(Some(after.clone())), "after write {n} was acknowledged, a view says {seen:?}");
+        }
+        assert_eq!(see(&*handler, &id).await, Some(after));
+    }
+}
+
+async fn destroy_in_one_process_reaches_a_holder_in_another(env: Env) {
+    let handler = env.handler().await;
+    for order in [Order::Save("after".into()), Order::Write("after".into())] {
+        let id = stored(&*handler, &env, "before", long_life()).await;
+        let mut peers = Peer::start_many(&env, 2).await;
+        peers[0].hold(&id, env.lease(), Some("before")).await;
+        let destroy = async {
+            let mut opened = open(&*handler, &id, OpenRequest::destroy()).await;
+            let removed = opened.destroy().await.unwrap_or_else(|error| panic!("destroy failed: {error:?}"));
+            close(&mut *opened).await;
+            text_of(removed)
+        };
+        // The holder holds for longer than this.
+        let removed = tokio::time::timeout(PATIENCE, destroy).await.expect("a destroy waited for the holder");
+        assert_eq!(removed.as_deref(), Some("before"));
+        peers[0].must_not(&order, &[ErrorKind::Gone], "the session was destroyed during the hold").await;
+        assert_eq!(see(&*handler, &id).await, None, "a holder brought a destroyed session back");
+        let seen = peers[1].ask(&Order::Look(id.as_str().into())).await;
+        assert_eq!(seen, Answer::Record(None), "a destroyed session is seen by another process");
+    }
+}
+
+async fn absent_id_raced_by_two_processes_is_created_once(env: Env) {
+    let handler = env.handler().await;
+    let mut peers = Peer::start_many(&env, 2).await;
+    for _ in 0..12 {
+        let id = new_id();
+        for (peer, text) in peers.iter_mut().zip(["the first", "the second"]) {
+            peer.order(&Order::Create { id: id.as_str().into(), lease: env.lease(), text: text.into() });
+        }
+        let answers = [peers[0].answer(PATIENCE).await, peers[1].answer(PATIENCE).await];
+        let winner = see(&*handler, &id).await;
+        let found = Answer::Record(winner.clone());
+        match &answers {
+            [Answer::Created, other] => {
+                assert_eq!((*other == found, winner.as_deref()), (true, Some("the first")), "{answers:?}")
+            }
+            [other, Answer::Created] => {
+                assert_eq!((*other == found, winner.as_deref()), (true, Some("the second")), "{answers:?}")
+            }
+            _ => panic!("nobody created the session: {answers:?}"),
+        }
+    }
+}
+
+async fn release_wakes_a_waiter_in_another_process(env: Env) {
+    let handler = env.handler().await;
+    let id = stored(&*handler, &env, "before", long_life()).await;
+    let mut peer = Peer::start(&env).await;
+    let mut times = Vec::new();
+    for _ in 0..5 {
+        peer.hold(&id, env.lease(), Some("before")).await;
+        let (waiter, request) = (Arc::clone(&handler), OpenRequest::exclusive(PATIENCE, env.lease()));
+        let waiting = {
+            let id = id.clone();
+            env.spawn(async move { (open(&*waiter, &id, request).await, Instant::now()) })
+        };
+        // The waiter sleeps by now, and for as long as it ever does at once.
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        let released = Instant::now();
+        peer.must(&Order::Close).await;
+        let (mut opened, woken) = env.joined(waiting).await;
+        times.push(woken.saturating_duration_since(released));
+        close(&mut *opened).await;
+    }
+    times.sort();
+    assert!(
+        times[2] < Duration::from_secs(1),
+        "a waiter was let in {:?} after the release, in the median of five",
+        times[2]
+    );
+}
+
+async fn no_process_starves(env: Env) {
+    let handler = env.handler().await;
+    let id = stored(&*handler, &env, "begin", long_life()).await;
+    let mut peers = Peer::start_many(&env, 4).await;
+    let mut ledger = Ledger::default();
+    for (n, peer) in peers.iter_mut().enumerate() {
+        let (id, writer) = (id.as_str().into(), format!("w{n}"));
+        peer.order(&Order::Append { id, writer, lease: env.lease(), times: u64::MAX });
+    }
+    tokio::time::sleep(Duration::from_secs(3) + env.tick()).await;
+    for peer in &mut peers {
+        peer.order(&Order::Stop);
+    }
+    for (n, peer) in peers.iter_mut().enumerate() {
+        peer.rest(&mut ledger, &format!("w{n}")).await;
+    }
+    let shares: Vec<u64> = (0..4).map(|n| ledger.last.get(&format!("w{n}")).copied().unwrap_or(0)).collect();
+    // When they are told to stop, one that waits still gets its turn; that one turn is not a share.
+    assert!(shares.iter().all(|share| *share >= 3), "four processes got the session {shares:?} times");
+    ledger.check(&see(&*handler, &id).await.expect("the session is absent"));
+}
+
+async fn gc_spares_what_another_process_holds(env: Env) {
+    let handler = env.handler().await;
+    let mut peer = Peer::start(&env).await;
+    let life = env.tick() * 4;
+    // Twice this outlasts the life that the record had, the second of rounding, and the case.
+    let lease = life + Duration::from_secs(3);
+    let id = stored(&*handler, &env, "before", Ttl::new(life)).await;
+    peer.hold(&id, lease, Some("before")).await;
+    tokio::time::sleep(life + Duration::from_millis(1200)).await;
+    let limit = NonZeroU32::new(1000).expect("a thousand is not zero");
+    let freed = handler.gc(limit).await.unwrap_or_else(|error| panic!("gc failed: {error:?}"));
+    assert_eq!(freed, 0, "nothing had expired");
+    assert_eq!(see(&*handler, &id).await.as_deref(), Some("before"), "a session that somebody holds was collected");
+    peer.must(&Order::Save("after".into())).await;
+    assert_eq!(see(&*handler, &id).await.as_deref(), Some("after"));
+}
+
+async fn gc_keeps_the_locks_of_another_process(env: Env) {
+    let handler = env.handler().await;
+    let there = stored(&*handler, &env, "before", long_life()).await;
+    let absent = new_id();
+    let mut peers = Peer::start_many(&env, 2).await;
+    peers[0].hold(&there, env.lease(), Some("before")).await;
+    peers[1].hold(&absent, env.lease(), None).await;
+    let limit = NonZeroU32::new(1000).expect("a thousand is not zero");
+    handler.gc(limit).await.unwrap_or_else(|error| panic!("gc failed: {error:?}"));
+    let request = OpenRequest::exclusive(Duration::ZERO, env.lease()).expecting(Expect::Any);
+    assert_held(&*handler, &there, &request, "a collection").await;
+    assert_held(&*handler, &absent, &request, "a collection").await;
+    for (peer, id) in peers.iter_mut().zip([&there, &absent]) {
+        peer.must(&Order::Save("after".into())).await;
+        assert_eq!(see(&*handler, id).await.as_deref(), Some("after"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_edition_is_told_from_every_mixture_of_two() {
+        for n in [0, 1, 25, 26, 999] {
+            assert_eq!(edition_of(&edition(n)), Some(n));
+            let (old, new) = (edition(n), edition(n + 1));
+            for cut in [0, 5, 12, 13, 100, 211] {
+                let mixture = [&new[..cut], &old[cut..]].concat();
+                assert!([None, Some(n)].contains(&edition_of(&mixture)), "{n} cut at {cut}");
+            }
+            assert_eq!(edition_of(&old[..old.len() - 1]), None);
+        }
+    }
+
+    #[test]
+    fn a_ledger_finds_what_is_lost_doubled_and_strange() {
+        let ledger = || {
+            let mut ledger = Ledger::default();
+            ledger.note("w1", &Answer::Acked(1));
+            ledger.note("w1", &Answer::Unsure(2));
+            ledger.note("w2", &Answer::Acked(1));
+            ledger.note_death("w2");
+            ledger
+        };
+        for fine in ["begin w1:1 w2:1", "begin w2:1 w1:1 w1:2", "begin w1:1 w2:1 w2:2"] {
+            ledger().check(fine);
+        }
+        for wrong in ["begin w1:1", "begin w1:1 w2:1 w2:1", "begin w1:1 w2:1 w2:3", "begin w1:1 w1:3 w2:1"] {
+            assert!(std::panic::catch_unwind(|| ledger().check(wrong)).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_worker_test_stands_beside_the_module_of_the_cases() {
+        struct None;
+        impl Harness for None {
+            async fn handler(&self, _: &str) -> Result<Arc<dyn SessionHandler>> {
+                Err(Error::new(ErrorKind::Unavailable, "harness", "there is none"))
+            }
+        }
+        assert_eq!(InTestBinary::new(None, "file::processes").test, "conformance_worker");
+        assert_eq!(InTestBinary::new(None, "file::deep::processes").test, "deep::conformance_worker");
+    }
+}
