@@ -11,12 +11,14 @@ mod dsn;
 mod envelope;
 mod error;
 mod handler;
+mod hash_ids;
 mod id;
 mod janitor;
 mod lock;
 mod locked;
 mod memory;
 mod merge;
+mod observe;
 mod queue;
 mod record;
 mod seal;
@@ -41,10 +43,12 @@ pub use error::{Error, ErrorKind, Holder, Result};
 pub use handler::{
     Access, Cursor, Expect, LockInfo, OpenRequest, OpenSession, Page, SessionAdmin, SessionHandler, SessionInfo,
 };
+pub use hash_ids::HashIds;
 pub use id::SessionId;
 pub use lock::{Held, Lease, LeaseRequest, LeaseToken, SessionLock};
 pub use locked::Locked;
 pub use memory::{MemoryBuilder, MemoryHandler, MemoryLock};
+pub use observe::Observe;
 pub use record::{Change, Record, WriteId, Written};
 pub use session::Session;
 pub use sessions::{Sessions, Updated};
