@@ -2,7 +2,6 @@
 //!
 //! A case is an async function that panics if its guarantee is broken. Nothing here knows what a case is about.
 
-use std::cell::RefCell;
 use std::fmt;
 use std::future::Future;
 use std::panic;
@@ -66,7 +65,10 @@ pub struct Outcome {
 #[must_use]
 pub fn cases() -> &'static [Case] {
     static CASES: OnceLock<Vec<Case>> = OnceLock::new();
-    CASES.get_or_init(|| [crate::handler::CASES, crate::processes::CASES].concat())
+    CASES.get_or_init(|| {
+        [crate::handler::CASES, crate::lock::CASES, crate::fence::CASES, crate::expiry::CASES, crate::processes::CASES]
+            .concat()
+    })
 }
 
 /// Runs one case on a store of its own and says what came of it; a case that does not end in time has failed.
@@ -78,7 +80,8 @@ pub async fn run_case(case: &Case, harness: Arc<dyn DynHarness>) -> Outcome {
     let env = Env::new(harness);
     let seed = env.seed();
     let started = Instant::now();
-    let mut task = spawn((case.run)(env));
+    let place = Arc::new(OnceLock::new());
+    let mut task = tokio::spawn(IN_CASE.scope(place.clone(), (case.run)(env)));
     let ended = tokio::time::timeout(limit, &mut task).await;
     let elapsed = started.elapsed();
     let seen = match ended {
@@ -92,7 +95,10 @@ pub async fn run_case(case: &Case, harness: Arc<dyn DynHarness>) -> Outcome {
             Some(format!("no end after {} s", limit.as_secs()))
         }
     };
-    let detail = seen.map(|seen| format!("{} Seen instead: {seen} (CONFORMANCE_SEED={seed})", case.guarantee));
+    let detail = seen.map(|seen| {
+        let place = place.get().map(|place| format!("{place}, ")).unwrap_or_default();
+        format!("{} Seen instead: {seen} ({place}CONFORMANCE_SEED={seed})", case.guarantee)
+    });
     Outcome { passed: detail.is_none(), elapsed, detail: detail.unwrap_or_default(), seed }
 }
 
@@ -146,17 +152,15 @@ macro_rules! suite {
 pub(crate) use suite;
 
 tokio::task_local! {
-    /// Set in every task of a case, so that the panic hook can tell them from the panics of strangers.
-    static IN_CASE: ();
+    /// Set in every task of a case, so that the panic hook can tell them from the panics of strangers, and say where the first
+    /// one was.
+    static IN_CASE: Arc<OnceLock<String>>;
 }
 
-thread_local! {
-    static PLACE: RefCell<String> = const { RefCell::new(String::new()) };
-}
-
-/// Spawns a task of a case.
+/// Spawns a task of the case that this task belongs to.
 pub(crate) fn spawn<T: Send + 'static>(part: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
-    tokio::spawn(IN_CASE.scope((), part))
+    let place = IN_CASE.try_with(Arc::clone).unwrap_or_default();
+    tokio::spawn(IN_CASE.scope(place, part))
 }
 
 /// Keeps the panics of cases from being printed: the outcome says what they say.
@@ -165,7 +169,8 @@ fn quiet_panics() {
     ONCE.call_once(|| {
         let before = panic::take_hook();
         panic::set_hook(Box::new(move |info| {
-            if IN_CASE.try_with(|()| ()).is_err() {
+            let place = || info.location().map(|place| format!("{}:{}", place.file(), place.line())).unwrap_or_default();
+            if IN_CASE.try_with(|first| first.get_or_init(place).len()).is_err() {
                 before(info);
             }
         }));

@@ -149,6 +149,12 @@ impl Env {
         }
     }
 
+    /// Returns the same for another store.
+    #[must_use]
+    pub fn elsewhere(&self) -> Self {
+        Self { seed: self.seed, ..Self::new(self.harness.clone()) }
+    }
+
     /// Returns the name of the store of this case, to be handed to another process.
     #[must_use]
     pub fn namespace(&self) -> &str {

@@ -24,6 +24,9 @@
 //! | macro | the claim |
 //! |---|---|
 //! | [`handler_suite!`] | the callbacks do what [`SessionHandler`](session_core::SessionHandler) says |
+//! | [`fence_suite!`] | no write is applied that is not based on the newest state, whatever became of the lock |
+//! | [`expiry_suite!`] | records and leases end when they should, and collecting takes nothing that is alive or held |
+//! | [`lock_suite!`] | the store's lock can be used alone; the harness has to give one |
 //! | [`processes_suite!`] | all of it across processes, some of them killed or stopped |
 //!
 //! Each case is a `#[test]` of its own name, says which guarantee was broken and what was seen instead, and names no backend.
@@ -36,11 +39,16 @@
 
 mod case;
 mod children;
+mod expiry;
+mod fence;
 mod handler;
 mod harness;
+pub mod liars;
+mod lock;
 pub mod processes;
 pub mod proxy;
 mod steps;
+mod store;
 
 pub use case::{Case, Outcome, cases, run_case, run_test};
 pub use harness::{BoxFuture, DynHarness, Env, Harness, Rng};

@@ -1,30 +1,110 @@
-//! The steps that cases are made of: open, write, look, and what to say when a step goes wrong.
+//! The steps that cases are made of: open, write, look, overtake, and what to say when a step goes wrong.
 //!
 //! Nothing here decides what is right; a case does.
 
+use std::num::NonZeroU32;
 use std::time::Duration;
 
-use session_core::{Expect, OpenRequest, OpenSession, SessionHandler, SessionId};
+use session_core::{
+    Change, Cursor, Error, ErrorKind, Expect, OpenRequest, OpenSession, Record, Result, SessionHandler, SessionId, Ttl,
+    WriteId, Written,
+};
 
 use crate::harness::Env;
 
 /// An opening.
 pub(crate) type Opened = Box<dyn OpenSession>;
 
+/// What a write may be refused with if it is not known whether somebody took over, wrote or destroyed.
+pub(crate) const LATE: &[ErrorKind] = &[ErrorKind::Fenced, ErrorKind::Gone];
+
+/// What is soon, on a machine that is busy with other things.
+pub(crate) const SOON: Duration = Duration::from_secs(3);
+
+/// A life that outlasts every case.
+pub(crate) const LONG: Duration = Duration::from_secs(900);
+
 /// Returns a new id.
 pub(crate) fn new_id() -> SessionId {
     SessionId::generate().expect("the operating system has randomness")
 }
 
+/// Returns a new name for a write.
+pub(crate) fn wid() -> WriteId {
+    WriteId::random().expect("the operating system has randomness")
+}
+
+/// Makes a record with a long life.
+pub(crate) fn record(data: impl Into<Vec<u8>>) -> Record {
+    Record::new(data, Ttl::new(LONG))
+}
+
+/// Makes a record with this life.
+pub(crate) fn living(data: impl Into<Vec<u8>>, life: Duration) -> Record {
+    Record::new(data, Ttl::new(life))
+}
+
+/// A limit of `n`.
+pub(crate) fn up_to(n: u32) -> NonZeroU32 {
+    NonZeroU32::new(n).expect("no case asks for nothing")
+}
+
 impl Env {
     /// Asks for the lock with time enough for everything but a lock that is kept for ever.
     pub(crate) fn patient(&self) -> OpenRequest {
-        OpenRequest::exclusive(Duration::from_secs(20) + self.tick() * 20, self.lease())
+        OpenRequest::exclusive(Duration::from_secs(10) + self.tick() * 20, self.lease())
+    }
+
+    /// Asks for the lock once.
+    pub(crate) fn at_once(&self) -> OpenRequest {
+        OpenRequest::exclusive(Duration::ZERO, self.lease())
+    }
+
+    /// Asks for a lock that a case lets run out.
+    pub(crate) fn briefly(&self) -> OpenRequest {
+        OpenRequest::exclusive(Duration::from_secs(10) + self.tick() * 20, self.short())
     }
 
     /// A lease that does not end while a case works at its usual pace.
     pub(crate) fn lease(&self) -> Duration {
         Duration::from_secs(30) + self.tick() * 30
+    }
+
+    /// A lease, or a life, that is meant to end.
+    pub(crate) fn short(&self) -> Duration {
+        self.tick() * 3
+    }
+
+    /// Waits until a lease of this length has ended for certain.
+    pub(crate) async fn outlast(&self, lease: Duration) {
+        tokio::time::sleep(lease + self.tick() * 2 + Duration::from_millis(20)).await;
+    }
+
+    /// Waits until a record with this life is dead for certain: a store may round up to the next second.
+    pub(crate) async fn outlive(&self, life: Duration) {
+        tokio::time::sleep(life + Duration::from_millis(1100)).await;
+    }
+
+    /// Waits for some ticks.
+    pub(crate) async fn ticks(&self, n: u32) {
+        tokio::time::sleep(self.tick() * n).await;
+    }
+
+    /// Waits for the lease of a holder to end and takes the session over. `None` if the holder's lock is `endless`, without a
+    /// time limit, and it still holds the session.
+    pub(crate) async fn overtake(
+        &self,
+        handler: &dyn SessionHandler,
+        id: &SessionId,
+        endless: bool,
+        expect: Expect,
+    ) -> Option<Opened> {
+        let wait = if endless { self.short() + self.tick() * 2 } else { self.short() * 2 + Duration::from_secs(5) };
+        match handler.open(id, &OpenRequest::exclusive(wait, self.lease()).expecting(expect)).await {
+            Ok(opened) => Some(opened),
+            Err(error) if endless && error.kind() == ErrorKind::LockTimeout => None,
+            Err(error) => panic!("the lease of the holder ended, and the next opener was refused: {error:?}"),
+        }
     }
 }
 
@@ -36,10 +116,141 @@ pub(crate) async fn open(handler: &dyn SessionHandler, id: &SessionId, request: 
     }
 }
 
+/// Opens and reads.
+pub(crate) async fn open_read(
+    handler: &dyn SessionHandler,
+    id: &SessionId,
+    request: OpenRequest,
+) -> (Opened, Option<Vec<u8>>) {
+    let mut opened = open(handler, id, request).await;
+    let data = read(&mut opened).await;
+    (opened, data)
+}
+
+/// Reads through an opening.
+pub(crate) async fn read(opened: &mut Opened) -> Option<Vec<u8>> {
+    match opened.read().await {
+        Ok(record) => record.map(|record| record.data),
+        Err(error) => panic!("a read was refused: {error:?}"),
+    }
+}
+
+/// Writes with a long life and under a new name.
+pub(crate) async fn write(opened: &mut Opened, data: impl Into<Vec<u8>>) -> Result<Written> {
+    opened.write(&record(data), wid()).await
+}
+
+/// Writes, and fails the case unless it is applied.
+pub(crate) async fn written(opened: &mut Opened, data: impl Into<Vec<u8>>) {
+    applied(write(opened, data).await, "a write that nothing stood against");
+}
+
+/// Fails the case unless this is the outcome of a change that this call applied.
+#[track_caller]
+pub(crate) fn applied(outcome: Result<Written>, what: &str) {
+    match outcome {
+        Ok(Written::Applied) => {}
+        other => panic!("{what} ended as {other:?}, not as applied"),
+    }
+}
+
+/// Fails the case unless the outcome is a refusal of one of these kinds.
+#[track_caller]
+pub(crate) fn refused<T: std::fmt::Debug>(outcome: Result<T>, kinds: &[ErrorKind], what: &str) -> Error {
+    match outcome {
+        Err(error) if kinds.contains(&error.kind()) => error,
+        other => panic!("{what} ended as {other:?}, not as one of {kinds:?}"),
+    }
+}
+
+/// Closes, and fails the case if that fails.
+pub(crate) async fn close(mut opened: Opened) {
+    if let Err(error) = opened.close().await {
+        panic!("close failed: {error:?}");
+    }
+}
+
+/// Saves with a long life, and fails the case unless it is applied.
+pub(crate) async fn saved(mut opened: Opened, data: impl Into<Vec<u8>>) {
+    applied(opened.save(&Change::Write(record(data)), wid()).await, "a save that nothing stood against");
+}
+
+/// Creates a session with this record.
+pub(crate) async fn create(env: &Env, handler: &dyn SessionHandler, record: Record) -> SessionId {
+    let id = new_id();
+    let mut opened = open(handler, &id, env.patient().expecting(Expect::Fresh)).await;
+    applied(opened.save(&Change::Write(record), wid()).await, "the first save of a fresh id");
+    id
+}
+
+/// Creates a session with these bytes and a long life.
+pub(crate) async fn session(env: &Env, handler: &dyn SessionHandler, data: impl Into<Vec<u8>>) -> SessionId {
+    create(env, handler, record(data)).await
+}
+
+/// Destroys without a lock and returns what was removed.
+pub(crate) async fn destroy(handler: &dyn SessionHandler, id: &SessionId) -> Option<Vec<u8>> {
+    let mut opened = open(handler, id, OpenRequest::destroy()).await;
+    let removed = opened.destroy().await.unwrap_or_else(|error| panic!("a destroy was refused: {error:?}"));
+    close(opened).await;
+    removed.map(|record| record.data)
+}
+
+/// Opens for reading and returns the record, if there is one.
+pub(crate) async fn look_whole(handler: &dyn SessionHandler, id: &SessionId) -> Option<Record> {
+    let mut view = open(handler, id, OpenRequest::read_only()).await;
+    let record = view.read().await.unwrap_or_else(|error| panic!("a read without a lock failed: {error:?}"));
+    close(view).await;
+    record
+}
+
 /// Opens for reading and returns the bytes of the record, if there is one.
 pub(crate) async fn look(handler: &dyn SessionHandler, id: &SessionId) -> Option<Vec<u8>> {
-    let mut view = open(handler, id, OpenRequest::read_only().expecting(Expect::Any)).await;
-    let record = view.read().await.unwrap_or_else(|error| panic!("a read without a lock failed: {error:?}"));
-    view.close().await.unwrap_or_else(|error| panic!("closing a read without a lock failed: {error:?}"));
-    record.map(|record| record.data)
+    look_whole(handler, id).await.map(|record| record.data)
+}
+
+/// Fails the case unless the session has these bytes, for every way of looking.
+pub(crate) async fn holds(handler: &dyn SessionHandler, id: &SessionId, data: impl AsRef<[u8]>, when: &str) {
+    let seen = look(handler, id).await;
+    let data = data.as_ref();
+    assert!(seen.as_deref() == Some(data), "{when} the session has {}, not {}", shown(seen.as_deref()), shown(Some(data)));
+}
+
+/// Fails the case unless the session is absent.
+pub(crate) async fn absent(handler: &dyn SessionHandler, id: &SessionId, when: &str) {
+    let seen = look(handler, id).await;
+    assert!(seen.is_none(), "{when} the session has {}, and should be absent", shown(seen.as_deref()));
+}
+
+/// Shows bytes of a case in few words.
+pub(crate) fn shown(data: Option<&[u8]>) -> String {
+    match data {
+        None => "nothing".into(),
+        Some(data) if data.len() <= 40 => format!("{:?}", String::from_utf8_lossy(data)),
+        Some(data) => format!("{} bytes from {:?} on", data.len(), String::from_utf8_lossy(&data[..20])),
+    }
+}
+
+/// Reads a counter; absent is zero.
+pub(crate) fn count(data: Option<&[u8]>) -> u64 {
+    data.map_or(0, |data| {
+        std::str::from_utf8(data).ok().and_then(|text| text.parse().ok()).expect("only counters are written")
+    })
+}
+
+/// Lists everything, if this store can be listed.
+pub(crate) async fn listing(handler: &dyn SessionHandler, page: u32) -> Option<Vec<SessionId>> {
+    let admin = handler.admin()?;
+    let mut ids = Vec::new();
+    let mut after: Option<Cursor> = None;
+    loop {
+        let part = admin.list(after.as_ref(), up_to(page)).await;
+        let part = part.unwrap_or_else(|error| panic!("listing failed: {error:?}"));
+        ids.extend(part.sessions.into_iter().map(|session| session.id));
+        after = Some(match part.next {
+            Some(next) => next,
+            None => return Some(ids),
+        });
+        assert!(ids.len() < 100_000, "the listing has no end");
+    }
 }

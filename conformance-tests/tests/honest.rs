@@ -1,0 +1,14 @@
+//! Runs every suite over the honest store: what the liars are measured against has to keep every promise itself.
+
+use conformance_tests::liars::{Flaw, Liar};
+
+conformance_tests::handler_suite!(Liar::new(Flaw::None));
+conformance_tests::lock_suite!(Liar::new(Flaw::None));
+conformance_tests::fence_suite!(Liar::new(Flaw::None));
+conformance_tests::expiry_suite!(Liar::new(Flaw::None));
+
+mod strict {
+    use super::{Flaw, Liar};
+
+    conformance_tests::fence_suite!(Liar::new(Flaw::None).strict());
+}
