@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::envelope::{Data, Forward, Key, Payload};
+use crate::envelope::{Data, Forward, Payload};
 use crate::error::{Error, ErrorKind, Result};
 use crate::handler::{Access, Expect, OpenRequest};
 use crate::id::SessionId;
@@ -71,7 +71,7 @@ pub(crate) struct Work {
     pub(crate) touch: bool,
     pub(crate) new_id: Option<NewId>,
     /// Keys whose every change since the base can be done again on a newer value; only for `merge`.
-    pub(crate) redo: Vec<(Key, Vec<Redo>)>,
+    pub(crate) redo: Vec<(String, Vec<Redo>)>,
     /// A write that was sent and not answered; it is repeated before anything else is written.
     unsettled: Option<(Change, WriteId)>,
 }

@@ -26,9 +26,6 @@ pub(crate) const MAX_ENTRIES: usize = 100_000;
 /// The longest key, in bytes of UTF-8.
 pub(crate) const MAX_KEY: usize = 1024;
 
-/// The name of a value.
-pub(crate) type Key = Box<str>;
-
 // The first byte is in no text, so nothing that a PHP or JSON store holds begins like this.
 const MAGIC: [u8; 4] = *b"\xe5skv";
 const VERSION: u8 = 1;
@@ -292,20 +289,21 @@ impl Reader<'_> {
         if count > (self.end - self.at) / 2 {
             return Err(corrupt(TRUNCATED));
         }
-        let (mut values, mut last) = (Values::new(), None);
+        let mut places: Vec<(std::ops::Range<usize>, std::ops::Range<usize>)> = Vec::with_capacity(count);
         for _ in 0..count {
             let key = self.span()?;
             if key.len() > MAX_KEY {
                 return Err(corrupt(format!("a key of {} bytes, at most {MAX_KEY} are accepted", key.len())));
             }
-            let key = std::str::from_utf8(&self.bytes[key]).map_err(|_| corrupt("a key is not UTF-8"))?;
-            if last.is_some_and(|last| last >= key) {
+            if std::str::from_utf8(&self.bytes[key.clone()]).is_err() {
+                return Err(corrupt("a key is not UTF-8"));
+            }
+            if places.last().is_some_and(|(last, _)| self.bytes[last.clone()] >= self.bytes[key.clone()]) {
                 return Err(corrupt("the keys are not in ascending order, or one is there twice"));
             }
-            last = Some(key);
-            values.insert(key.into(), self.field()?);
+            places.push((key, self.span()?));
         }
-        Ok(values)
+        Values::stored(self.bytes.clone(), &places).ok_or_else(|| corrupt("a record of more than four gigabytes"))
     }
 }
 
@@ -334,9 +332,9 @@ mod tests {
 
     fn payloads() -> Vec<Payload> {
         let values = [("", &b""[..]), ("cart", b"\x01\x02"), ("user", &[7; 300])];
-        let values: Values = values.into_iter().map(|(key, value)| (key.into(), Bytes::from_static(value))).collect();
+        let values: Values = values.into_iter().collect();
         let data = Data { codec: Codec::MessagePack, created: 1, authenticated: -1, origin: None, values };
-        let rotated = Data { origin: Some(Bytes::from_static(b"sealed")), values: Values::new(), ..data.clone() };
+        let rotated = Data { origin: Some(Bytes::from_static(b"sealed")), values: Values::default(), ..data.clone() };
         let forward = Forward { target: Bytes::from_static(b"sealed"), seen: false };
         let seen = Forward { seen: true, ..forward.clone() };
         vec![
@@ -491,7 +489,7 @@ mod tests {
 
     #[test]
     fn what_could_not_be_read_is_refused_when_it_is_put_in() {
-        let mut values: Values = (0..MAX_ENTRIES).map(|n| (format!("{n:06}").into(), Bytes::new())).collect();
+        let mut values: Values = (0..MAX_ENTRIES).map(|n| (format!("{n:06}"), Bytes::new())).collect();
         assert!(check_key("000001", &values).is_ok());
         assert_eq!(check_key("more", &values).unwrap_err().kind(), ErrorKind::TooLarge);
         let full = Data { codec: Codec::MessagePack, created: 0, authenticated: 0, origin: None, values: values.clone() };
@@ -512,7 +510,7 @@ mod tests {
 
     fn any_payload() -> impl Strategy<Value = Payload> {
         let bytes = || prop::collection::vec(any::<u8>(), 0..200).prop_map(Bytes::from);
-        let entries = prop::collection::btree_map(any::<String>().prop_map(Key::from), bytes(), 0..20);
+        let entries = prop::collection::btree_map(any::<String>(), bytes(), 0..20);
         let origin = prop::option::of(bytes());
         let codec =
             prop::sample::select(vec![1u8, 2, 3, 4]).prop_filter_map("not in this build", |id| Codec::from_id(id).ok());

@@ -6,22 +6,21 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::envelope::Key;
 use crate::error::{Error, ErrorKind, Result};
 use crate::values::Values;
 
 /// A change of one key that can be done again on a newer value.
-pub(crate) type Redo = Arc<dyn Fn(Option<&[u8]>) -> Result<Option<Bytes>> + Send + Sync>;
+pub(crate) type Redo = Arc<dyn Fn(Option<&[u8]>) -> Result<Bytes> + Send + Sync>;
 
 /// Lays what changed from `base` to `ours` over `theirs`; absent is a value like any other. `redo` holds the keys whose every
 /// change was an `update_key`, in order: those are done again on their value instead of conflicting.
 ///
 /// A key that both sides changed to different values is a [`Conflict`](ErrorKind::Conflict) that names it. Keys that were only
 /// read are not compared.
-pub(crate) fn lay_over(base: &Values, ours: &Values, theirs: &Values, redo: &[(Key, Vec<Redo>)]) -> Result<Values> {
+pub(crate) fn lay_over(base: &Values, ours: &Values, theirs: &Values, redo: &[(String, Vec<Redo>)]) -> Result<Values> {
     let mut merged = theirs.clone();
     let mut conflicts = Vec::new();
-    let mut keys: Vec<&Key> = base.keys().chain(ours.keys()).collect();
+    let mut keys: Vec<&str> = base.keys().chain(ours.keys()).collect();
     keys.sort_unstable();
     keys.dedup();
     for key in keys {
@@ -29,9 +28,9 @@ pub(crate) fn lay_over(base: &Values, ours: &Values, theirs: &Values, redo: &[(K
         let again = redo.iter().find(|(redo, _)| redo == key).map(|(_, changes)| changes);
         let result = match again {
             Some(changes) if now != was => {
-                let mut value = now.cloned();
+                let mut value = now.map(Bytes::copy_from_slice);
                 for change in changes {
-                    value = change(value.as_deref())?;
+                    value = Some(change(value.as_deref())?);
                 }
                 value
             }
@@ -40,10 +39,10 @@ pub(crate) fn lay_over(base: &Values, ours: &Values, theirs: &Values, redo: &[(K
                 conflicts.push(key.to_string());
                 continue;
             }
-            _ => is.cloned(),
+            _ => is.map(Bytes::copy_from_slice),
         };
         match result {
-            Some(value) => merged.insert(key.clone(), value),
+            Some(value) => merged.insert(key, value),
             None => drop(merged.remove(key)),
         }
     }
@@ -60,7 +59,7 @@ mod tests {
 
     fn values(text: &str) -> Values {
         let pairs = text.split_whitespace().map(|pair| pair.split_once('=').expect("key=value"));
-        pairs.map(|(key, value)| (Key::from(key), Bytes::copy_from_slice(value.as_bytes()))).collect()
+        pairs.map(|(key, value)| (key, value.as_bytes().to_vec())).collect()
     }
 
     #[track_caller]
@@ -100,9 +99,9 @@ mod tests {
     fn an_update_is_done_again_on_the_newest_value() {
         let add: Redo = Arc::new(|value| {
             let number: u32 = value.map_or(0, |v| std::str::from_utf8(v).unwrap().parse().unwrap());
-            Ok(Some(Bytes::from((number + 1).to_string())))
+            Ok(Bytes::from((number + 1).to_string()))
         });
-        let redo = [(Key::from("n"), vec![add.clone(), add])];
+        let redo = [("n".to_string(), vec![add.clone(), add])];
         let merged = lay_over(&values("n=1"), &values("n=3"), &values("n=7 m=1"), &redo).unwrap();
         assert_eq!(merged, values("n=9 m=1"));
         let unchanged = lay_over(&values("n=1"), &values("n=3"), &values("n=1 m=1"), &redo).unwrap();

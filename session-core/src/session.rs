@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 use crate::codec::ValueCodec;
 use crate::commit::{Mode, NewId, Then, Work};
-use crate::envelope::{self, Key};
+use crate::envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::SessionId;
 use crate::janitor::owned;
@@ -114,7 +114,7 @@ impl Session {
     /// Removes `key`; says whether it was there.
     pub fn remove(&mut self, key: &str) -> bool {
         self.forget_redo(key);
-        self.work.data.values.remove(key).is_some()
+        self.work.data.values.remove(key)
     }
 
     /// Removes `key` and returns its value; `None` if there was none.
@@ -144,23 +144,20 @@ impl Session {
         let codec = self.work.data.codec;
         let redo: Redo = Arc::new(move |value| {
             let value = value.map(|value| codec.decode::<T>(value)).transpose()?;
-            Ok(Some(Bytes::from(codec.encode(&change(value))?)))
+            codec.encode(&change(value)).map(Bytes::from)
         });
-        let value = redo(self.work.data.values.get(key).map(|value| &value[..]))?;
+        let value = redo(self.work.data.values.get(key))?;
         if self.work.mode == Mode::Merge {
             let was = self.work.base.as_ref().and_then(|base| base.values.get(key));
             let untouched = self.work.data.values.get(key) == was;
-            match self.work.redo.iter_mut().find(|(redo, _)| &**redo == key) {
+            match self.work.redo.iter_mut().find(|(redo, _)| redo == key) {
                 Some((_, changes)) => changes.push(redo),
                 // After an `insert` the value is ours, not a function of theirs.
-                None if untouched => self.work.redo.push((Key::from(key), vec![redo])),
+                None if untouched => self.work.redo.push((key.to_string(), vec![redo])),
                 None => {}
             }
         }
-        match value {
-            Some(value) => self.work.data.values.insert(Key::from(key), value),
-            None => drop(self.work.data.values.remove(key)),
-        }
+        self.work.data.values.insert(key, value);
         Ok(())
     }
 
@@ -312,12 +309,12 @@ impl Session {
         envelope::check_key(key, &self.work.data.values)?;
         let value = self.work.data.codec.encode(value)?;
         self.forget_redo(key);
-        self.work.data.values.insert(Key::from(key), Bytes::from(value));
+        self.work.data.values.insert(key, value);
         Ok(())
     }
 
     fn forget_redo(&mut self, key: &str) {
-        self.work.redo.retain(|(redo, _)| &**redo != key);
+        self.work.redo.retain(|(redo, _)| redo != key);
     }
 
     /// What the visitor may be given: the id of what is stored.
@@ -399,7 +396,7 @@ impl fmt::Debug for Session {
 }
 
 pub(crate) fn visible_keys(values: &Values) -> impl Iterator<Item = &str> {
-    values.keys().map(|key| &**key).filter(|key| !key.starts_with(RESERVED))
+    values.keys().filter(|key| !key.starts_with(RESERVED))
 }
 
 fn check_key(key: &str) -> Result<()> {
