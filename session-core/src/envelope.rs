@@ -13,6 +13,7 @@
 //! Values are not decoded here, and neither ids nor keys of the store are known.
 
 use std::fmt;
+use std::ops::Range;
 
 use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
@@ -265,7 +266,7 @@ impl Reader<'_> {
         Err(corrupt(TRUNCATED))
     }
 
-    fn span(&mut self) -> Result<std::ops::Range<usize>> {
+    fn span(&mut self) -> Result<Range<usize>> {
         let length = self.number()?;
         if length > self.end - self.at {
             return Err(corrupt(TRUNCATED));
@@ -289,7 +290,8 @@ impl Reader<'_> {
         if count > (self.end - self.at) / 2 {
             return Err(corrupt(TRUNCATED));
         }
-        let mut places: Vec<(std::ops::Range<usize>, std::ops::Range<usize>)> = Vec::with_capacity(count);
+        // The count is a claim: no more is reserved at once than the bytes can pay for, at 16 an entry.
+        let mut places = Vec::<(Range<usize>, Range<usize>)>::with_capacity(count.min((self.end - self.at) / 16));
         for _ in 0..count {
             let key = self.span()?;
             if key.len() > MAX_KEY {

@@ -2,15 +2,20 @@
 //!
 //! The allocator counts, so one test runs at a time.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 
 use peak_alloc::PeakAlloc;
 use serde::de::{DeserializeOwned, Deserializer, Visitor};
 use serde::{Deserialize, Serialize};
-use session_core::{Codec, ErrorKind, Result, ValueCodec};
+use session_core::{
+    Codec, ErrorKind, Expect, MemoryHandler, OpenRequest, Record, Result, SessionHandler, SessionId, Sessions, Ttl,
+    ValueCodec, WriteId, Written,
+};
 
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
@@ -286,4 +291,70 @@ fn a_value_that_is_cut_anywhere_is_refused() {
         refused::<Basket>(codec, &[&bytes[..], &bytes[..]].concat());
         refused::<Basket>(codec, &[&bytes[..], b"\0"].concat());
     }
+}
+
+/// A store with one record in it that somebody else wrote, and what looking at it costs.
+fn look(runtime: &tokio::runtime::Runtime, record: &[u8]) -> Result<Vec<String>> {
+    let handler = Arc::new(MemoryHandler::new());
+    let sessions = Sessions::new(handler.clone()).unwrap();
+    let id = SessionId::generate().unwrap();
+    runtime.block_on(async {
+        let fresh = OpenRequest::optimistic().expecting(Expect::Fresh);
+        let mut open = handler.open(&id, &fresh).await.unwrap();
+        let record = Record::new(record, Ttl::from_secs(60));
+        assert_eq!(open.write(&record, WriteId::random().unwrap()).await.unwrap(), Written::Applied);
+        open.close().await.unwrap();
+    });
+    let before = ALLOCATOR.current_usage();
+    ALLOCATOR.reset_peak_usage();
+    let view = runtime.block_on(sessions.view(&id));
+    let (peak, bound) = (ALLOCATOR.peak_usage() - before, 4 * record.len() + 64 * 1024);
+    assert!(peak < bound, "a record of {} bytes took {peak}, bound {bound}", record.len());
+    view.map(|view| view.keys().map(str::to_owned).collect())
+}
+
+/// An envelope of version 1 with the right checksum, so that only its claims are wrong.
+fn envelope(kind: u8, codec: u8, body: &[&[u8]]) -> Vec<u8> {
+    let mut bytes = [b"\xe5skv\x01", &[kind, codec, 0][..], &body.concat()].concat();
+    bytes.extend(xxhash_rust::xxh3::xxh3_64(&bytes).to_le_bytes());
+    bytes
+}
+
+#[test]
+fn a_record_costs_what_is_in_it_and_not_what_it_claims() {
+    let _alone = alone();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    // A stamp in the future counts as now.
+    let now = i64::MAX.to_le_bytes();
+    let session = |entries: &[&[u8]]| envelope(1, 1, &[&[&now[..], &now], entries].concat());
+    // 100,000 and 2^48 in LEB128.
+    let claims: [&[u8]; 2] = [b"\xa0\x8d\x06", b"\x80\x80\x80\x80\x80\x80\x40"];
+    let mut bombs = Vec::new();
+    for claim in claims {
+        for tail in [0, 100, 199_999, 240_000, 1_000_000] {
+            bombs.push(session(&[claim, &vec![0; tail]]));
+            bombs.push(session(&[b"\x01", claim, &vec![b'k'; tail.min(90_000)]]));
+            bombs.push(session(&[b"\x01\x01k", claim, &vec![0; tail.min(90_000)]]));
+            bombs.push(envelope(2, 0, &[claim, &vec![0; tail.min(90_000)]]));
+        }
+    }
+    bombs.extend([vec![0xff; 1 << 20], b"\xe5skv\x01\x01".repeat(1000), vec![]]);
+    for bomb in bombs {
+        assert_eq!(look(&runtime, &bomb).expect_err("a bomb was accepted").kind(), ErrorKind::Corrupt);
+    }
+    let mut state = 1u64;
+    for round in 0..2000 {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let byte = [(state >> 33) as u8];
+        let keys: Vec<u8> = (b'a'..=b'z').flat_map(|key| [1, key, 3, 1, 2, 3]).collect();
+        let mut entries = [b"\x1a", &keys[..]].concat();
+        let place = round % entries.len();
+        entries.splice(place..=place, byte);
+        if let Err(error) = look(&runtime, &session(&[&entries])) {
+            assert_eq!(error.kind(), ErrorKind::Corrupt);
+        }
+    }
+    // One honest megabyte.
+    let text = [&b"\xdb\x00\x10\x00\x00"[..], &[b'x'; 1 << 20]].concat();
+    assert_eq!(look(&runtime, &session(&[b"\x01\x01k\x85\x80\x40", &text])).unwrap(), ["k"]);
 }
