@@ -105,7 +105,7 @@ impl ValueCodec for Postcard {
     }
 }
 
-/// Bincode 2: as compact and as rigid as [`Postcard`]. Its crate has been without a maintainer since RUSTSEC-2025-0141, so
+/// Bincode 2: as compact and as rigid as postcard. Its crate has been without a maintainer since RUSTSEC-2025-0141, so
 /// take it only to read what is there.
 #[cfg(feature = "bincode")]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
