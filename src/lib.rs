@@ -1,1 +1,174 @@
-//! Facade.
+//! Server-side sessions that cannot lose an update.
+//!
+//! Start here: [`connect`] turns a connection string into [`Sessions`], which hands out sessions. Everything else in this crate is
+//! the contract below them, re-exported from `session-core`: [`SessionHandler`] for whoever writes a backend of his own,
+//! [`SessionLock`] for whoever needs only a lock.
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> sessionkit::Result<()> {
+//! let sessions = sessionkit::connect("memory://?ttl=20m").await?;
+//!
+//! let mut session = sessions.create()?;
+//! session.insert("visits", &1)?;
+//! let id = session.id().clone();
+//! session.close().await?;
+//!
+//! // Whoever opens the session now waits until the one before has closed it: of a hundred increments, none is lost.
+//! let mut session = sessions.open(&id).await?;
+//! let visits: u32 = session.get("visits")?.unwrap_or(0);
+//! session.insert("visits", &(visits + 1))?;
+//! session.close().await?;
+//! # assert_eq!(sessions.view(&id).await?.get::<u32>("visits")?, Some(2));
+//! # Ok(()) }
+//! ```
+//!
+//! # Features
+//!
+//! | feature | brings |
+//! |---|---|
+//! | `file` | `file://` and the module [`file`](https://docs.rs/session-file): one two-slot file per session, under kernel locks |
+//! | `json`, `postcard`, `bincode` | the codec of that name, as `codec=…`; MessagePack is always there |
+//!
+//! Enabling a feature only adds.
+
+use std::sync::Arc;
+
+pub use session_core::*;
+/// The file backend: `file:///var/lib/app/sessions`.
+#[cfg(feature = "file")]
+pub use session_file as file;
+
+/// The schemes that this build knows, for error messages.
+const SCHEMES: &[&str] = &[
+    #[cfg(feature = "file")]
+    "file",
+    "memory",
+];
+
+/// Schemes that a Cargo feature brings, with that feature.
+const FEATURES: &[(&str, &str)] = &[("file", "file")];
+
+/// Opens the store of `dsn` as an application uses it: the backend, the layers [`HashIds`] (unless `hash_ids=off`) and
+/// [`Observe`], and on top [`Sessions`] with the options of the DSN.
+///
+/// Every `memory://` is a store of its own: keep the [`Sessions`] and clone them.
+///
+/// # Errors
+/// [`Config`](ErrorKind::Config) if the DSN is not one, or its scheme, an option or a value is not known; the message lists what
+/// is, and says which Cargo feature is missing. It never holds a password. [`Unavailable`](ErrorKind::Unavailable) if the store
+/// does not answer.
+pub async fn connect(dsn: &str) -> Result<Sessions> {
+    let dsn = Dsn::parse(dsn)?;
+    let (handler, backend) = open(&dsn)?;
+    let handler: Arc<dyn SessionHandler> = if hashed(&dsn)? {
+        Arc::new(Observe::new(HashIds::new(handler), backend))
+    } else {
+        Arc::new(Observe::new(handler, backend))
+    };
+    Sessions::with_options(handler, &dsn)
+}
+
+/// Opens the store of `dsn` without any layer: for a suite, a migration, an administrator.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn handler(dsn: &str) -> Result<Arc<dyn SessionHandler>> {
+    open(&Dsn::parse(dsn)?).map(|(handler, _)| handler)
+}
+
+/// Whether [`connect`] lets the store of `dsn` see hashes in place of live ids.
+///
+/// # Errors
+/// [`Config`](ErrorKind::Config) if `dsn` is not a DSN or an option has no such value.
+pub fn hashes_ids(dsn: &str) -> Result<bool> {
+    hashed(&Dsn::parse(dsn)?)
+}
+
+fn hashed(dsn: &Dsn) -> Result<bool> {
+    // PHP looks for its sessions under the live id.
+    Ok(dsn.flag("hash_ids")?.unwrap_or(dsn.option("layout") != Some("php")))
+}
+
+/// Returns the backend, and its name for metrics.
+fn open(dsn: &Dsn) -> Result<(Arc<dyn SessionHandler>, &'static str)> {
+    match dsn.scheme() {
+        "memory" => Ok((memory(dsn)?, "memory")),
+        scheme => Err(unknown(scheme)),
+    }
+}
+
+fn memory(dsn: &Dsn) -> Result<Arc<dyn SessionHandler>> {
+    dsn.accept_options(&[])?;
+    if !dsn.hosts().is_empty() || !dsn.path().is_empty() || dsn.user().is_some() {
+        return Err(Error::new(ErrorKind::Config, "dsn", "memory:// has no host and no path; write memory://?option=value"));
+    }
+    dsn.choice("layout", &[("native", ())])?;
+    let strict = dsn.flag("strict_expiry")?.unwrap_or(false);
+    Ok(Arc::new(MemoryHandler::builder().strict_expiry(strict).build()))
+}
+
+fn unknown(scheme: &str) -> Error {
+    let accepted = SCHEMES.join("://, ");
+    let message = match FEATURES.iter().find(|(known, _)| *known == scheme) {
+        Some((_, feature)) => {
+            format!("{scheme}:// needs the Cargo feature {feature} of sessionkit, which is off (accepted: {accepted}://)")
+        }
+        None => {
+            let scheme: String = scheme.chars().take(40).collect();
+            format!("unknown scheme {scheme}:// (accepted: {accepted}://)")
+        }
+    };
+    Error::new(ErrorKind::Config, "dsn", message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn refusal(dsn: &str) -> String {
+        let error = handler(dsn).await.expect_err(dsn);
+        assert_eq!(error.kind(), ErrorKind::Config);
+        assert!(connect(dsn).await.is_err(), "{dsn}");
+        error.to_string()
+    }
+
+    #[tokio::test]
+    async fn an_unknown_scheme_lists_the_known_ones() {
+        for scheme in ["redis", "rediss", "redis+sentinel", "memcache", "postgres", "mysql", "sqlite", "ftp"] {
+            let text = refusal(&format!("{scheme}://me:hunter2@h/0")).await;
+            assert!(text.contains(&format!("unknown scheme {scheme}://")) && text.contains("memory://"), "{text}");
+            assert!(!text.contains("hunter2"), "{text}");
+        }
+    }
+
+    #[cfg(not(feature = "file"))]
+    #[tokio::test]
+    async fn a_backend_that_is_not_compiled_in_names_its_feature() {
+        assert!(refusal("file:///x").await.contains("needs the Cargo feature file"));
+    }
+
+    #[tokio::test]
+    async fn options_are_checked_wherever_they_belong() {
+        assert!(refusal("memory://?wiat=1s").await.contains("did you mean wait?"));
+        assert!(refusal("memory://h").await.contains("no host"));
+        assert!(refusal("memory:///x").await.contains("no path"));
+        assert!(refusal("memory://?layout=php").await.contains("native"));
+        for dsn in ["memory://?hash_ids=maybe", "memory://?ttl=5", "memory://?locking=perhaps", "memory://?codec=xml"] {
+            assert_eq!(connect(dsn).await.expect_err(dsn).kind(), ErrorKind::Config, "{dsn}");
+        }
+    }
+
+    #[tokio::test]
+    async fn every_memory_store_is_its_own_and_hashes_ids_unless_told() {
+        for (dsn, hashed) in [("memory://", true), ("memory://?hash_ids=off", false)] {
+            assert_eq!(hashes_ids(dsn).unwrap(), hashed);
+            let (one, other) = (connect(dsn).await.unwrap(), connect(dsn).await.unwrap());
+            let mut session = one.create().unwrap();
+            session.insert("n", &7).unwrap();
+            let id = session.id().clone();
+            session.close().await.unwrap();
+            assert!(one.view(&id).await.unwrap().exists());
+            assert!(!other.view(&id).await.unwrap().exists());
+        }
+    }
+}
