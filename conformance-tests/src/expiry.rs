@@ -40,6 +40,9 @@ suite! { $
     }
 }
 
+/// The life of a record that the next step has to find alive, on a machine that is busy with other things.
+const AT_HAND: Duration = Duration::from_millis(1500);
+
 async fn a_record_lives_at_least_its_ttl(env: Env) {
     let handler = env.handler().await;
     let life = env.tick() * 8;
@@ -105,7 +108,7 @@ async fn reading_does_not_prolong(env: Env) {
     let id = create(&env, &*handler, living("brief", life)).await;
     let born = Instant::now();
     let (mut view, _) = open_read(&*handler, &id, OpenRequest::read_only()).await;
-    while born.elapsed() < life + Duration::from_millis(1100) {
+    while born.elapsed() < life + env.rounding() {
         read(&mut view).await;
         look(&*handler, &id).await;
         env.ticks(1).await;
@@ -118,7 +121,7 @@ async fn a_write_starts_a_new_life(env: Env) {
     let handler = env.handler().await;
     let brief = env.tick() * 2;
     // The hold must not be what keeps them alive or ends them, so each is written and closed in one go.
-    let longer = create(&env, &*handler, living("brief", brief + Duration::from_secs(3))).await;
+    let longer = create(&env, &*handler, living("brief", brief + AT_HAND * 2)).await;
     let mut opened = open(&*handler, &longer, env.briefly()).await;
     applied(opened.save(&Change::Write(record("long")), wid()).await, "a save with a longer life");
     let shorter = session(&env, &*handler, "long").await;
@@ -128,7 +131,7 @@ async fn a_write_starts_a_new_life(env: Env) {
     assert!(left.is_some_and(|left| left > LONG / 2), "{left:?} are left of a new life of {LONG:?}");
     env.outlive(brief).await;
     absent(&*handler, &shorter, "past the deadline of its last write").await;
-    env.outlive(Duration::from_secs(2)).await;
+    env.outlive(AT_HAND).await;
     holds(&*handler, &longer, "long", "past the deadline of its first write").await;
 }
 
@@ -136,7 +139,7 @@ async fn a_touch_moves_the_deadline(env: Env) {
     let handler = env.handler().await;
     let brief = env.tick() * 2;
     for fused in [false, true] {
-        let longer = create(&env, &*handler, living("brief", brief + Duration::from_secs(3))).await;
+        let longer = create(&env, &*handler, living("brief", brief + AT_HAND * 2)).await;
         let shorter = session(&env, &*handler, "long").await;
         for (id, life) in [(&longer, LONG), (&shorter, brief)] {
             let mut opened = open(&*handler, id, env.briefly()).await;
@@ -204,7 +207,7 @@ async fn destroying_the_expired_finds_nothing(env: Env) {
 
 async fn an_exclusive_open_prolongs_to_two_leases(env: Env) {
     let handler = env.handler().await;
-    let life = env.tick() * 4 + Duration::from_secs(2);
+    let life = env.tick() * 4 + AT_HAND;
     let id = create(&env, &*handler, living("brief", life)).await;
     let lease = env.lease();
     let (opened, seen) = open_read(&*handler, &id, OpenRequest::exclusive(Duration::ZERO, lease)).await;
@@ -222,12 +225,12 @@ async fn an_exclusive_open_prolongs_to_two_leases(env: Env) {
 async fn hold_longer_than_idle_time_saves(env: Env) {
     let handler = env.handler().await;
     let (life, lease) = (env.tick() * 8, env.tick() * 12);
-    let id = create(&env, &*handler, living("brief", life + Duration::from_secs(2))).await;
+    let id = create(&env, &*handler, living("brief", life + AT_HAND)).await;
     let (mut opened, _) = open_read(&*handler, &id, OpenRequest::exclusive(SOON, lease)).await;
     let started = Instant::now();
     let mut renewed = Instant::now();
     // Longer than the idle time and than the two leases that an open gives.
-    while started.elapsed() < life + lease * 2 + Duration::from_secs(2) {
+    while started.elapsed() < life + lease * 2 + AT_HAND {
         tokio::time::sleep(lease / 4).await;
         if let Some(held) = opened.held().cloned() {
             let asked = Instant::now();
@@ -318,7 +321,7 @@ async fn gc_spares_the_living(env: Env) {
 
 async fn gc_spares_what_was_prolonged(env: Env) {
     let handler = env.handler().await;
-    let brief = env.tick() * 2 + Duration::from_secs(2);
+    let brief = env.tick() * 2 + AT_HAND;
     let mut ids = Vec::new();
     for by_touch in [true, false] {
         let id = create(&env, &*handler, living("kept", brief)).await;
@@ -339,7 +342,7 @@ async fn gc_spares_what_was_prolonged(env: Env) {
 
 async fn gc_spares_the_held(env: Env) {
     let handler = env.handler().await;
-    let brief = env.tick() * 2 + Duration::from_secs(2);
+    let brief = env.tick() * 2 + AT_HAND;
     let id = create(&env, &*handler, living("held", brief)).await;
     let (mut opened, seen) = open_read(&*handler, &id, env.at_once()).await;
     assert_eq!(seen.as_deref(), Some(&b"held"[..]));

@@ -44,8 +44,8 @@ pub trait Harness: Send + Sync + 'static {
         None
     }
 
-    /// Returns the shortest lease or life that this store can keep; all times of the cases are multiples of it. A store that
-    /// counts in seconds says one second.
+    /// Returns the shortest lease or life that this store can keep, which is also the step in which it counts them; all times of
+    /// the cases are multiples of it. A store that counts in seconds says one second.
     fn tick(&self) -> Duration {
         Duration::from_millis(200)
     }
@@ -58,6 +58,12 @@ pub trait Harness: Send + Sync + 'static {
     /// Whether the store knows for a while that an id was destroyed. Only a store without a network between, where no late copy
     /// of a request can arrive, may forget at once.
     fn remembers_destroyed(&self) -> bool {
+        true
+    }
+
+    /// Whether an id that was destroyed a short time ago can be created again under the lock. Only a layer that cannot see the
+    /// trace of the destruction together with the lock may refuse it, with `Conflict`.
+    fn recreates_destroyed(&self) -> bool {
         true
     }
 }
@@ -76,6 +82,8 @@ pub trait DynHarness: Send + Sync + 'static {
     fn dyn_strict_expiry(&self) -> bool;
     /// See [`Harness::remembers_destroyed`].
     fn dyn_remembers_destroyed(&self) -> bool;
+    /// See [`Harness::recreates_destroyed`].
+    fn dyn_recreates_destroyed(&self) -> bool;
 }
 
 impl<H: Harness> DynHarness for H {
@@ -101,6 +109,10 @@ impl<H: Harness> DynHarness for H {
 
     fn dyn_remembers_destroyed(&self) -> bool {
         self.remembers_destroyed()
+    }
+
+    fn dyn_recreates_destroyed(&self) -> bool {
+        self.recreates_destroyed()
     }
 }
 
@@ -183,6 +195,12 @@ impl Env {
     #[must_use]
     pub fn remembers_destroyed(&self) -> bool {
         self.harness.dyn_remembers_destroyed()
+    }
+
+    /// See [`Harness::recreates_destroyed`].
+    #[must_use]
+    pub fn recreates_destroyed(&self) -> bool {
+        self.harness.dyn_recreates_destroyed()
     }
 
     /// Returns randomness that follows from the seed of this run and from `stream`.

@@ -131,6 +131,10 @@ impl<H: Harness> Harness for InTestBinary<H> {
     fn remembers_destroyed(&self) -> bool {
         self.harness.remembers_destroyed()
     }
+
+    fn recreates_destroyed(&self) -> bool {
+        self.harness.recreates_destroyed()
+    }
 }
 
 /// Is a worker if a case has started this test executable as one; otherwise does nothing.

@@ -18,6 +18,9 @@ pub(crate) type Opened = Box<dyn OpenSession>;
 /// What a write may be refused with if it is not known whether somebody took over, wrote or destroyed.
 pub(crate) const LATE: &[ErrorKind] = &[ErrorKind::Fenced, ErrorKind::Gone];
 
+/// The same for a holder that found nothing: where the lock is a layer's, the first create wins and the other is a conflict.
+pub(crate) const LATE_CREATE: &[ErrorKind] = &[ErrorKind::Fenced, ErrorKind::Gone, ErrorKind::Conflict];
+
 /// What is soon, on a machine that is busy with other things.
 pub(crate) const SOON: Duration = Duration::from_secs(3);
 
@@ -80,9 +83,14 @@ impl Env {
         tokio::time::sleep(lease + self.tick() * 2 + Duration::from_millis(20)).await;
     }
 
-    /// Waits until a record with this life is dead for certain: a store may round up to the next second.
+    /// Waits until a record with this life is dead for certain: a store may round up, and by no more than a second.
     pub(crate) async fn outlive(&self, life: Duration) {
-        tokio::time::sleep(life + Duration::from_millis(1100)).await;
+        tokio::time::sleep(life + self.rounding()).await;
+    }
+
+    /// How much longer than its life a record may live, and a little.
+    pub(crate) fn rounding(&self) -> Duration {
+        self.tick().min(Duration::from_secs(1)) + Duration::from_millis(30)
     }
 
     /// Waits for some ticks.
@@ -173,6 +181,20 @@ pub(crate) async fn close(mut opened: Opened) {
 /// Saves with a long life, and fails the case unless it is applied.
 pub(crate) async fn saved(mut opened: Opened, data: impl Into<Vec<u8>>) {
     applied(opened.save(&Change::Write(record(data)), wid()).await, "a save that nothing stood against");
+}
+
+/// Creates over what was destroyed, under the lock of `opened`, where the handler can do that; says whether it did.
+pub(crate) async fn recreated(env: &Env, mut opened: Opened, data: &str) -> bool {
+    let outcome = opened.save(&Change::Write(record(data)), wid()).await;
+    if env.recreates_destroyed() {
+        applied(outcome, "a create under the lock, over what was destroyed");
+        return true;
+    }
+    match outcome {
+        Ok(Written::Applied) => true,
+        Err(error) if error.kind() == ErrorKind::Conflict => false,
+        other => panic!("a create over what was destroyed ended as {other:?}"),
+    }
 }
 
 /// Creates a session with this record.

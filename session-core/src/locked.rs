@@ -367,6 +367,8 @@ impl<L: SessionLock> Opening<L> {
         if self.basis == Basis::Barred {
             return Err(Error::new(ErrorKind::Gone, "write", "the session is no longer there"));
         }
+        // What the open fetched is older than what will be there.
+        self.fetched = None;
         let hold = self.hold.clone();
         match self.mode {
             Mode::Exclusive(length) => {
@@ -451,6 +453,7 @@ impl<L: SessionLock> OpenSession for Opening<L> {
         let mut hold = self.hold.lock().await;
         let removed = hold.opening.destroy().await?;
         hold.know(None);
+        self.fetched = None;
         Ok(removed)
     }
 

@@ -458,6 +458,8 @@ impl MemoryOpening {
     fn settle(&mut self, operation: &'static str, outcome: Result<Written, ErrorKind>, then: Then) -> Result<Written> {
         match outcome {
             Ok(written) => {
+                // What the open fetched is older than what is there now.
+                self.fetched = None;
                 if then == Then::Close {
                     self.ended(End::Closed);
                 }
