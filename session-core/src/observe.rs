@@ -479,6 +479,17 @@ mod tests {
     }
 
     #[test]
+    fn a_refusal_ends_the_hold() {
+        let seen = watch(async |handler| {
+            let id = create(&handler).await;
+            let mut a = handler.open(&id, &exclusive(LEASE)).await.unwrap();
+            handler.open(&id, &OpenRequest::destroy()).await.unwrap().destroy().await.unwrap();
+            a.write(&record(), wid()).await.unwrap_err();
+        });
+        assert_eq!((seen.times(HOLD).len(), seen.count("write", "gone"), seen.count("drop", "abandoned")), (1, 1, 0));
+    }
+
+    #[test]
     fn a_call_whose_future_is_dropped_counts_as_cancelled() {
         let seen = watch(async |handler| {
             let id = create(&handler).await;
