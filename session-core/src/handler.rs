@@ -204,7 +204,7 @@ pub trait OpenSession: fmt::Debug + Send + 'static {
     /// * the record's deadline has not passed, by the store's clock;
     /// * the lock is this opening's own or free. A record that was absent is created only under the opening's own lock, or,
     ///   for a [fresh](Expect::Fresh) id and for [`Access::Optimistic`], where there is neither a record nor the trace of a
-    ///   destroyed one.
+    ///   destroyed one. An optimistic opening may also create over the very trace that it found.
     ///
     /// If the last write is `id` itself, nothing changes and the answer is [`Written::AlreadyApplied`]. A lease that has ended
     /// but that nobody took over still writes. The first write of a fresh id takes the lock, if the access is exclusive.

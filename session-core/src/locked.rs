@@ -44,8 +44,9 @@ const REWRITES: u32 = 8;
 /// An optimistic write takes the lock for as long as the write takes, without waiting: if somebody holds it, the answer is
 /// `Conflict`. The first write of a [fresh](Expect::Fresh) id takes none, unless it goes on.
 ///
-/// An id that was destroyed a short time ago cannot be created again under a held lock, as some handlers can on their own:
-/// the handler below sees an optimistic write, and refuses it with `Conflict`.
+/// The handler below sees an optimistic write also when an id that was destroyed a short time ago is to be created again under
+/// the lock. It should let that pass over the very trace that it found; one that refuses, with `Conflict`, is right too, but
+/// the id then has to wait until the trace is gone.
 pub struct Locked<H, L> {
     inner: H,
     lock: Arc<Renewing<L>>,
@@ -378,8 +379,15 @@ impl<L: SessionLock> Opening<L> {
                     self.hold(lease);
                 }
                 let mut hold = hold.lock().await;
-                let outcome = match (then, change) {
-                    (Then::Keep, Change::Touch(ttl)) => hold.rewrite(*ttl).await.map(|()| Written::Applied),
+                let outcome = match change {
+                    Change::Touch(ttl) => {
+                        let outcome = hold.rewrite(*ttl).await.map(|()| Written::Applied);
+                        if then == Then::Close && !outcome.as_ref().is_err_and(|error| error.kind().keeps_opening()) {
+                            // The touch is decided, and the handler below holds nothing that could be given back.
+                            let _ = hold.opening.close().await;
+                        }
+                        outcome
+                    }
                     _ => hold.send(change, id, then).await,
                 };
                 self.settle(outcome, then, hold).await
@@ -450,6 +458,7 @@ impl<L: SessionLock> OpenSession for Opening<L> {
     }
 
     async fn destroy(&mut self) -> Result<Option<Record>> {
+        self.fetched = None;
         let mut hold = self.hold.lock().await;
         let removed = hold.opening.destroy().await?;
         hold.know(None);
