@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use tokio::sync::mpsc;
 
@@ -96,6 +96,23 @@ impl Child {
         self.input = None;
         self.process.kill()?;
         self.process.wait()
+    }
+
+    /// Returns a line that has come already.
+    pub(crate) fn line_now(&mut self) -> Option<String> {
+        self.lines.try_recv().ok()
+    }
+
+    /// Says whether the process stands still.
+    pub(crate) fn is_stopped(&self) -> bool {
+        // Nothing is consumed: a later wait sees the same.
+        let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        matches!(waitid(self.id(), flags), Ok(WaitStatus::Stopped(..)))
+    }
+
+    /// Returns how the process ended, if it has.
+    pub(crate) fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
+        self.process.try_wait()
     }
 
     fn signal(&self, signal: Signal) -> io::Result<()> {

@@ -41,6 +41,7 @@ mod case;
 mod children;
 mod expiry;
 mod fence;
+pub mod hammer;
 mod handler;
 mod harness;
 pub mod liars;

@@ -170,7 +170,7 @@ impl NaiveHandler {
             Naive::TornWrites => write_in_pieces(&path, &bytes).map_err(|e| broken("write", e)),
             // A creation is no exception to be caught; a replacement is.
             Naive::WriteBehind if path.exists() => {
-                let temporary = self.path(id, "behind");
+                let temporary = self.path(id, &format!("behind-{}", u128::from_le_bytes(state.last)));
                 std::thread::spawn(move || {
                     std::thread::sleep(Duration::from_millis(100));
                     fs::write(&temporary, bytes).and_then(|()| fs::rename(&temporary, &path))
@@ -222,6 +222,16 @@ impl NaiveHandler {
                 }
             }),
         }
+    }
+
+    /// Whether nobody has the lock, at this moment of an atomic step.
+    fn is_free(&self, id: &SessionId) -> Result<bool> {
+        if self.naive != Naive::Flock {
+            return Ok(self.lease(id).is_none());
+        }
+        let file = OpenOptions::new().create(true).append(true).open(self.path(id, "lock"));
+        // An exclusive opening that tries at this very moment tries again.
+        Ok(file.map_err(|e| broken("lock", e))?.try_lock().is_ok())
     }
 
     async fn lock(&self, id: &SessionId, wait: Duration, length: Duration) -> Result<Lock> {
@@ -286,9 +296,7 @@ impl SessionHandler for NaiveHandler {
         match request.access {
             Access::Destroy => return Ok(Box::new(opening)),
             Access::ReadOnly => opening.fetched = Some(self.view(id)?),
-            Access::Optimistic => {
-                return Err(Error::new(ErrorKind::Unsupported, "open", "the naive store has no optimistic access"));
-            }
+            Access::Optimistic => opening.fetched = Some(self.load(id)?),
             Access::Exclusive { .. } if request.expect == Expect::Fresh => opening.fetched = Some(None),
             Access::Exclusive { wait, lease } => {
                 let absent = self.load(id)?.is_none();
@@ -405,15 +413,17 @@ impl NaiveOpening {
                 lease.is_none_or(|lease| lease.token == token.to_bytes())
             }
             Lock::Kernel { .. } => true,
+            Lock::None if self.request.access == Access::Optimistic => self.handler.is_free(&self.id)?,
             Lock::None => self.request.expect == Expect::Fresh,
         };
+        let late = if self.request.access == Access::Optimistic { ErrorKind::Conflict } else { ErrorKind::Fenced };
         match (current, self.base) {
             (None, None) if self.request.expect == Expect::Existing => refuse(ErrorKind::Gone, "it was absent at open"),
             (None, Some(_)) if self.handler.naive != Naive::Resurrects => refuse(ErrorKind::Gone, "it is absent"),
             (Some(_), None) if self.request.expect == Expect::Fresh => refuse(ErrorKind::Conflict, "the id is taken"),
-            _ if !own && self.handler.naive.fences() => refuse(ErrorKind::Fenced, "somebody else holds the lock"),
+            _ if !own && self.handler.naive.fences() => refuse(late, "somebody else holds the lock"),
             (Some(state), base) if Some(state.last) != base && self.handler.naive.fences() => {
-                refuse(ErrorKind::Fenced, "somebody else wrote")
+                refuse(late, "somebody else wrote")
             }
             _ => Ok(None),
         }
@@ -434,9 +444,9 @@ impl OpenSession for NaiveOpening {
     }
 
     async fn write(&mut self, record: &Record, id: WriteId) -> Result<Written> {
-        let Access::Exclusive { lease, .. } = self.request.access else {
+        if matches!(self.request.access, Access::ReadOnly | Access::Destroy) {
             return Err(Error::new(ErrorKind::Unsupported, "write", "the opening is not for writing"));
-        };
+        }
         if self.spent {
             return Err(Error::new(ErrorKind::Gone, "write", "the opening is spent"));
         }
@@ -459,7 +469,10 @@ impl OpenSession for NaiveOpening {
             Err(_) => self.spent = true,
         }
         let begins = outcome.is_ok() && self.request.expect == Expect::Fresh && matches!(self.lock, Lock::None);
-        if begins && let Ok(lock) = handler.try_lock(&self.id, LeaseToken::random()?, lease)? {
+        if begins
+            && let Access::Exclusive { lease, .. } = self.request.access
+            && let Ok(lock) = handler.try_lock(&self.id, LeaseToken::random()?, lease)?
+        {
             self.lock = lock;
         }
         outcome
