@@ -257,7 +257,10 @@ pub trait OpenSession: fmt::Debug + Send + 'static {
 
     /// Moves the deadline to now plus `ttl`, under the same conditions as a write, and leaves bytes and last write alone.
     ///
-    /// The provided method reads and rewrites the record, under a new write id.
+    /// The provided method reads and rewrites the record, under a new write id. It bases the opening on what it reads, so it
+    /// fits only where nobody can have written since the open. A handler whose lock can end before its holder does, and one
+    /// that does [`Access::Optimistic`], must bring its own: otherwise a touch adopts a state that the caller has never seen,
+    /// and the next write lays the old one over it.
     ///
     /// # Errors
     /// As [`write`](Self::write); an absent record is [`Gone`](ErrorKind::Gone).

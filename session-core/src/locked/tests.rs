@@ -391,14 +391,15 @@ async fn a_dropped_opening_frees_its_session_at_once() {
 #[tokio::test]
 async fn a_hold_that_is_renewed_keeps_its_session_alive() {
     let (handler, store, _) = locked();
-    let id = create(&handler, "0", Ttl::new(SHORT)).await;
-    let lease = Duration::from_millis(60);
+    let ttl = Duration::from_millis(200);
+    let id = create(&handler, "0", Ttl::new(ttl)).await;
+    let lease = Duration::from_millis(200);
     let mut a = open(&handler, &id, exclusive(lease)).await;
     let held = a.held().unwrap().clone();
     store.next_write(Fate::ReplyLost);
     let mut unsettled = 0;
-    for _ in 0..8 {
-        tokio::time::sleep(Duration::from_millis(30)).await;
+    for _ in 0..10 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
         match held.lock.renew(std::slice::from_ref(&held.lease)).await.pop().unwrap() {
             Ok(()) => {}
             Err(error) => {
@@ -416,7 +417,7 @@ async fn a_hold_that_is_renewed_keeps_its_session_alive() {
 #[tokio::test]
 async fn a_renewal_whose_answer_was_lost_does_not_make_the_holder_refused() {
     let (handler, store, _) = locked();
-    let id = create(&handler, "0", Ttl::new(SHORT)).await;
+    let id = create(&handler, "0", Ttl::from_secs(1)).await;
     let mut a = open(&handler, &id, exclusive(LEASE)).await;
     let held = a.held().unwrap().clone();
     a.write(&Record::new(*b"1", Ttl::from_secs(5)), wid()).await.unwrap();

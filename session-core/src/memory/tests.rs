@@ -360,12 +360,13 @@ async fn the_repeat_of_a_create_that_expired_does_not_create_it_anew() {
 #[tokio::test]
 async fn a_hold_keeps_its_session_alive_when_it_opens_and_when_it_renews() {
     let handler = MemoryHandler::new();
-    let id = create(&handler, "0", Ttl::new(SHORT)).await;
-    let lease = Duration::from_millis(60);
+    let ttl = Duration::from_millis(200);
+    let id = create(&handler, "0", Ttl::new(ttl)).await;
+    let lease = Duration::from_millis(200);
     let mut a = open(&handler, &id, exclusive(lease)).await;
     let held = a.held().unwrap().clone();
-    for _ in 0..6 {
-        tokio::time::sleep(Duration::from_millis(30)).await;
+    for _ in 0..10 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(held.lock.renew(std::slice::from_ref(&held.lease)).await.iter().all(Result::is_ok));
     }
     assert_eq!(a.save(&Change::Write(record("1")), wid()).await.unwrap(), Written::Applied);
@@ -385,10 +386,11 @@ async fn renewal_tells_who_took_over_and_what_expired() {
     assert!(lost.lock.renew(std::slice::from_ref(&lost.lease)).await[0].is_ok(), "nobody took over");
     past(SHORT).await;
     let _b = open(&handler, &id, exclusive(LEASE)).await;
-    let short = create(&handler, "0", Ttl::new(SHORT)).await;
+    let ttl = Duration::from_millis(200);
+    let short = create(&handler, "0", Ttl::new(ttl)).await;
     let c = open(&handler, &short, exclusive(Duration::from_millis(1))).await;
     let gone = c.held().unwrap().clone();
-    past(SHORT).await;
+    past(ttl).await;
     let outcomes = lost.lock.renew(&[lost.lease.clone(), gone.lease.clone()]).await;
     let kinds: Vec<_> = outcomes.into_iter().map(kind).collect();
     assert_eq!(kinds, [ErrorKind::Fenced, ErrorKind::Gone]);
