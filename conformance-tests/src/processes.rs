@@ -102,6 +102,7 @@ impl<H: Harness> InTestBinary<H> {
     }
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl<H: Harness> Harness for InTestBinary<H> {
     async fn handler(&self, namespace: &str) -> Result<Arc<dyn SessionHandler>> {
         self.harness.handler(namespace).await
@@ -138,38 +139,40 @@ impl<H: Harness> Harness for InTestBinary<H> {
 }
 
 /// Is a worker if a case has started this test executable as one; otherwise does nothing.
-pub fn worker_of_a_test(harness: &impl Harness) {
-    if std::env::var_os(WORKER).is_some() {
-        worker(harness);
-    }
-}
-
-/// Is a worker process: does what the case in the parent process says, line by line, until that one has no more to say.
-///
-/// [`Harness::worker`] has to start a process that calls this with the same harness. It needs no runtime around it.
 ///
 /// # Panics
 /// If no runtime can be built.
-pub fn worker(harness: &impl Harness) {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    runtime.expect("a runtime can be built").block_on(async {
-        let mut orders = parent_lines();
-        let Some(namespace) = orders.recv().await else { return };
-        let handler = match harness.handler(&namespace).await {
-            Ok(handler) => handler,
-            Err(error) => return say(&Answer::refused(&error)),
+pub fn worker_of_a_test(harness: &impl Harness) {
+    if std::env::var_os(WORKER).is_some() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+        runtime.expect("a runtime can be built").block_on(worker(harness));
+    }
+}
+
+/// Is a worker process: does what the case in the parent process says, line by line, until that one has no more to say. Then the
+/// process exits by itself.
+///
+/// [`Harness::worker`] has to start a process that awaits this with the same harness, in a tokio runtime with I/O and time.
+///
+/// # Panics
+/// If somebody else than a case is at the other end of the standard input.
+pub async fn worker(harness: &impl Harness) {
+    let mut orders = parent_lines();
+    let Some(namespace) = orders.recv().await else { return };
+    let handler = match harness.handler(&namespace).await {
+        Ok(handler) => handler,
+        Err(error) => return say(&Answer::refused(&error)),
+    };
+    say(&Answer::Done);
+    let mut servant = Servant { handler, opened: None, orders };
+    while let Some(order) = servant.orders.recv().await {
+        let order = serde_json::from_str(&order).expect("parent and child are the same program");
+        let answer = match servant.obey(order).await {
+            Ok(answer) => answer,
+            Err(error) => Answer::refused(&error),
         };
-        say(&Answer::Done);
-        let mut servant = Servant { handler, opened: None, orders };
-        while let Some(order) = servant.orders.recv().await {
-            let order = serde_json::from_str(&order).expect("parent and child are the same program");
-            let answer = match servant.obey(order).await {
-                Ok(answer) => answer,
-                Err(error) => Answer::refused(&error),
-            };
-            say(&answer);
-        }
-    });
+        say(&answer);
+    }
 }
 
 /// What a case asks of a process.

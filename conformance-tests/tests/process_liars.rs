@@ -57,18 +57,22 @@ liars! {
 fn fails(name: &str, flaw: Naive) {
     let case = cases().iter().find(|case| case.suite() == "processes" && case.name() == name).expect("the case is listed");
     let harness = NaiveHarness::with_worker(flaw, "liar_worker");
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let runtime = runtime.expect("a runtime can be built");
+    let runtime = runtime();
     let outcome = runtime.block_on(run_case(case, Arc::new(harness)));
     runtime.shutdown_background();
     println!("{flaw:?}: {}", outcome.detail);
     assert!(!outcome.passed, "{name} does not notice {flaw:?}");
 }
 
+fn runtime() -> tokio::runtime::Runtime {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    runtime.expect("a runtime can be built")
+}
+
 #[test]
 fn liar_worker() {
     let flaws: Vec<Naive> = CAUGHT.iter().map(|(_, flaw)| *flaw).collect();
-    NaiveHarness::be_a_worker(&flaws);
+    runtime().block_on(NaiveHarness::be_a_worker(&flaws));
 }
 
 #[test]

@@ -90,10 +90,10 @@ impl NaiveHarness {
     }
 
     #[allow(dead_code, reason = "not every test that shares this file has flaws")]
-    pub(crate) fn be_a_worker(all: &[Naive]) {
+    pub(crate) async fn be_a_worker(all: &[Naive]) {
         let Ok(flaw) = std::env::var(FLAW) else { return };
         let naive = all.iter().find(|naive| format!("{naive:?}") == flaw);
-        conformance_tests::processes::worker(&Self::new(*naive.expect("the parent names one of them")));
+        conformance_tests::processes::worker(&Self::new(*naive.expect("the parent names one of them"))).await;
     }
 }
 
