@@ -183,7 +183,7 @@ impl Core {
         if let Some(new_id) = work.new_id {
             return self.move_to_new_id(work, opening, new_id, then, lease).await;
         }
-        let change = match self.change(work) {
+        let change = match self.change(work, then) {
             Ok(change) => change,
             Err(error) => {
                 work.opening = Some(opening);
@@ -220,14 +220,20 @@ impl Core {
     }
 
     /// What a save has to do to what was read.
-    fn change(&self, work: &Work) -> Result<Change> {
+    fn change(&self, work: &Work, then: Then) -> Result<Change> {
         if work.is_changed() {
             return self.record(&work.data).map(Change::Write);
         }
         let Some(life) = self.life(&work.data).filter(|_| work.base.is_some()) else { return Ok(Change::Nothing) };
         let used = work.left.map_or(Duration::ZERO, |left| life.as_duration().saturating_sub(left.as_duration()));
         let due = used > life.as_duration().mul_f64(self.settings.touch_after);
-        Ok(if work.touch || due { Change::Touch(life) } else { Change::Nothing })
+        Ok(match (work.touch || due, then) {
+            (false, _) => Change::Nothing,
+            (true, Then::Close) => Change::Touch(life),
+            // The provided `touch` of a handler reads, and what is written after it would be based on a state that we have not
+            // seen. Rewriting what we know is fenced.
+            (true, Then::Keep) => Change::Write(self.record(&work.data)?),
+        })
     }
 
     async fn merge(self: &Arc<Self>, work: &mut Work, then: Then, wait: Duration, lease: Duration) -> Result<()> {
