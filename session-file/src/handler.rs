@@ -1,0 +1,457 @@
+//! The handler: what each access does with a session file, and what becomes of an opening.
+//!
+//! What stands in a file is not known here; see [`layout`](crate::layout).
+
+use std::fmt;
+use std::num::NonZeroU32;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use nix::sys::stat::fstat;
+use session_core::{
+    Access, Change, Error, ErrorKind, Expect, Held, OpenRequest, OpenSession, Record, Result, SessionAdmin, SessionHandler,
+    SessionId, Ttl, WriteId, Written,
+};
+use tokio::time::Instant;
+
+use crate::admin;
+use crate::config::{Durability, FileConfig};
+use crate::dir::{Dir, Plain, Walk, fault};
+use crate::io::{
+    Manner, Opened, SMALL, SessionFile, Store, Turn, destroy, gone, load, mark_waiting, now, peek_absent, run, too_large,
+};
+use crate::lock::{FileLock, abandon, hold, timed_out, with_file};
+use crate::wait::{Attempt, Watch, in_line};
+
+/// Keeps sessions in files, one each, under kernel locks. Cloning it is cheap.
+///
+/// See the [crate](crate) for what it may lose. It needs a tokio runtime with time and I/O enabled.
+#[derive(Clone)]
+pub struct FileHandler {
+    pub(crate) store: Arc<Store>,
+    /// Where the last collection stopped.
+    walk: Arc<Mutex<Option<Walk>>>,
+    pub(crate) listing: Arc<Mutex<Option<admin::Listing>>>,
+}
+
+impl FileHandler {
+    /// Opens the directory of `config`. It is created, with mode 0700, if its parent is there.
+    ///
+    /// ```no_run
+    /// use session_file::{Durability, FileConfig, FileHandler};
+    /// let config = FileConfig::new("/var/lib/app/sessions").with_durability(Durability::None);
+    /// let handler = FileHandler::open_dir(config)?;
+    /// # Ok::<(), session_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Config`](ErrorKind::Config) if the directory belongs to somebody else, others may write to it, it is missing with its
+    /// parent, or its file system has no kernel locks; the text has the command that mends it.
+    pub fn open_dir(config: FileConfig) -> Result<Self> {
+        let dir = Arc::new(Dir::open(&config)?);
+        let store = Arc::new(Store { dir, config, watch: Arc::<Watch>::default() });
+        Ok(Self { store, walk: Arc::default(), listing: Arc::default() })
+    }
+
+    /// Returns a lock on files of its own in the same directory, for [`Locked`](https://docs.rs/session-core) or on its own.
+    #[must_use]
+    pub fn lock(&self) -> FileLock {
+        FileLock::on(Arc::clone(&self.store))
+    }
+
+    /// Returns the settings.
+    #[must_use]
+    pub fn config(&self) -> &FileConfig {
+        &self.store.config
+    }
+
+    async fn exclusive(&self, id: &SessionId, expect: Expect, wait: Duration, lease: Duration) -> Result<Opened> {
+        let (store, io) = (&self.store, self.store.config.io);
+        let until = Instant::now() + wait;
+        let manner = Manner { existing: expect == Expect::Existing, lease, turn: Turn::Newcomer };
+        let open = {
+            let (store, id) = (Arc::clone(store), id.clone());
+            move |file, turn| SessionFile::open(&store, &id, file, Manner { turn, ..manner })
+        };
+        let first = open.clone();
+        let file = match run(io, false, move || first(None, Turn::Newcomer)).await?? {
+            Attempt::Done(opened) => return Ok(opened),
+            Attempt::Busy { file, .. } => file,
+        };
+        // Whoever expects a session need not wait for one that is not there any more.
+        let absent = move |file: &std::fs::File| (manner.existing && peek_absent(file)).then_some(None);
+        if let Some(opened) = absent(&file) {
+            return Ok(opened);
+        }
+        if wait.is_zero() {
+            return Err(timed_out("open", &file, wait));
+        }
+        mark_waiting(&file, now() + wait.as_millis() as u64);
+        let attempt = move |file| match open(Some(file), Turn::First)? {
+            Attempt::Busy { file, .. } if absent(&file).is_some() => Ok(Attempt::Done(None)),
+            attempt => Ok(attempt),
+        };
+        let waited = in_line(&store.watch, io, file, until, attempt, absent).await?;
+        waited.map_err(|file| timed_out("open", &file, wait))
+    }
+
+    async fn peek(&self, id: &SessionId) -> Result<Option<(Record, WriteId)>> {
+        peek_at(&self.store, id).await
+    }
+}
+
+impl fmt::Debug for FileHandler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FileHandler").field("config", &self.store.config).finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl SessionHandler for FileHandler {
+    async fn open(&self, id: &SessionId, request: &OpenRequest) -> Result<Box<dyn OpenSession>> {
+        let mut session = FileSession {
+            store: Arc::clone(&self.store),
+            id: id.clone(),
+            request: *request,
+            mode: Mode::Absent,
+            base: None,
+            fetched: None,
+            unsure: None,
+        };
+        match (request.access, request.expect) {
+            (Access::Destroy, _) => session.mode = Mode::Destroy,
+            (Access::ReadOnly, Expect::Fresh) => session.mode = Mode::View,
+            (_, Expect::Fresh) => session.mode = Mode::Fresh,
+            (Access::Exclusive { wait, lease }, expect) => {
+                if let Some((file, record)) = self.exclusive(id, expect, wait, lease).await? {
+                    session.mode = Mode::Held(hold(&self.store, id, file, lease)?);
+                    session.fetched = Some(record.map(|(record, _)| record));
+                }
+            }
+            (access @ (Access::ReadOnly | Access::Optimistic), _) => {
+                let record = self.peek(id).await?;
+                session.mode = if access == Access::ReadOnly { Mode::View } else { Mode::Optimistic };
+                session.base = record.as_ref().map(|(_, write)| *write);
+                session.fetched = Some(record.map(|(record, _)| record));
+            }
+        }
+        Ok(Box::new(session))
+    }
+
+    async fn gc(&self, limit: NonZeroU32) -> Result<u64> {
+        let this = self.clone();
+        run(self.store.config.io, true, move || admin::collect(&this.store, &this.walk, limit)).await?
+    }
+
+    fn admin(&self) -> Option<&dyn SessionAdmin> {
+        Some(self)
+    }
+}
+
+/// What an opening can do, which changes as it goes on.
+enum Mode {
+    /// It has the lock.
+    Held(Held),
+    /// Nobody else knows the id, and nothing was written yet.
+    Fresh,
+    Optimistic,
+    View,
+    Destroy,
+    /// The id was absent and may not be created, or was destroyed through this opening.
+    Absent,
+    /// It was closed, or ended with an error of this kind.
+    Spent(Option<ErrorKind>),
+}
+
+struct FileSession {
+    store: Arc<Store>,
+    id: SessionId,
+    request: OpenRequest,
+    mode: Mode,
+    /// The write that an optimistic opening is based on.
+    base: Option<WriteId>,
+    /// What `open` fetched and nobody has read yet.
+    fetched: Option<Option<Record>>,
+    /// A write of this id went out and nobody knows what became of it.
+    unsure: Option<WriteId>,
+}
+
+impl fmt::Debug for FileSession {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mode = match self.mode {
+            Mode::Held(_) => "held",
+            Mode::Fresh => "fresh",
+            Mode::Optimistic => "optimistic",
+            Mode::View => "view",
+            Mode::Destroy => "destroy",
+            Mode::Absent => "absent",
+            Mode::Spent(_) => "spent",
+        };
+        f.debug_struct("FileSession").field("mode", &mode).finish_non_exhaustive()
+    }
+}
+
+/// What is stored, and whether the opening goes on afterwards.
+#[derive(Clone)]
+enum Step {
+    Write(Vec<u8>, Ttl, WriteId),
+    Touch(Ttl),
+}
+
+impl Step {
+    fn apply(&self, file: &mut SessionFile) -> Result<Written> {
+        match self {
+            Self::Write(data, ttl, id) => file.write(data, *ttl, *id),
+            Self::Touch(ttl) => file.touch(*ttl),
+        }
+    }
+
+    fn write_id(&self) -> Option<WriteId> {
+        match self {
+            Self::Write(_, _, id) => Some(*id),
+            Self::Touch(_) => None,
+        }
+    }
+
+    /// Whether it may wait for the disk.
+    fn is_heavy(&self, store: &Store) -> bool {
+        store.config.durability >= Durability::Data || matches!(self, Self::Write(data, ..) if data.len() > SMALL)
+    }
+}
+
+impl FileSession {
+    /// Carries out one step in whatever mode the opening is, and closes afterwards if `last`.
+    async fn step(&mut self, step: Step, last: bool) -> Result<Written> {
+        let op = if matches!(step, Step::Write(..)) { "write" } else { "touch" };
+        if let Step::Write(data, ..) = &step {
+            too_large(&self.store, data.len(), op)?;
+        }
+        let outcome = match &self.mode {
+            Mode::Held(_) => self.step_held(step.clone(), last).await,
+            Mode::Fresh => self.step_fresh(step.clone(), last, op).await,
+            Mode::Optimistic => self.step_optimistic(step.clone(), op).await,
+            Mode::View | Mode::Destroy => return Err(unsupported(op)),
+            Mode::Absent => Err(gone(op)),
+            Mode::Spent(Some(kind)) => return Err(Error::new(*kind, op, "this opening has ended with an error before")),
+            Mode::Spent(None) => return Err(Error::new(ErrorKind::Gone, op, "this opening is closed")),
+        };
+        match outcome {
+            Ok(written) => {
+                self.unsure = None;
+                self.fetched = None;
+                if last {
+                    self.mode = Mode::Spent(None);
+                }
+                Ok(written)
+            }
+            Err(error) if error.kind().keeps_opening() => {
+                if error.kind() == ErrorKind::Unknown {
+                    self.unsure = step.write_id();
+                }
+                Err(error)
+            }
+            Err(error) => {
+                self.mode = Mode::Spent(Some(error.kind()));
+                // It may have been applied, and overtaken since.
+                let unsure = self.unsure.is_some() && self.unsure == step.write_id();
+                Err(if unsure { error.with_kind(ErrorKind::Unknown) } else { error })
+            }
+        }
+    }
+
+    async fn step_held(&mut self, step: Step, last: bool) -> Result<Written> {
+        let Mode::Held(held) = &self.mode else { return Err(gone("write")) };
+        let heavy = step.is_heavy(&self.store);
+        let done = with_file(&self.store, held, heavy, move |mut file| match step.apply(&mut file) {
+            Ok(written) => ((!last).then_some(file), Ok(written)),
+            Err(error) if error.kind().keeps_opening() => (Some(file), Err(error)),
+            Err(error) => {
+                file.bury();
+                (None, Err(error))
+            }
+        });
+        done.await?.unwrap_or_else(|| Err(gone("write")))
+    }
+
+    async fn step_fresh(&mut self, step: Step, last: bool, op: &'static str) -> Result<Written> {
+        let (store, id) = (Arc::clone(&self.store), self.id.clone());
+        let Some(write) = step.write_id() else { return Err(gone(op)) };
+        let lease = match self.request.access {
+            Access::Exclusive { lease, .. } if !last => Some(lease),
+            _ => None,
+        };
+        let heavy = step.is_heavy(&store);
+        let work = move || -> Result<_> {
+            let mut file = match SessionFile::create(&store, &id)? {
+                Some(file) => file,
+                // Taken; by ourselves, if a write before this one was applied without our learning of it.
+                None => match SessionFile::open(&store, &id, None, Manner::PASSING)? {
+                    Attempt::Done(Some((file, _))) if file.last_write() == Some(write) => file,
+                    _ => return Err(Error::new(ErrorKind::Conflict, op, "the id is taken; nothing was stored")),
+                },
+            };
+            let written = step.apply(&mut file)?;
+            Ok((written, lease.is_some().then_some(file)))
+        };
+        let (written, file) = run(self.store.config.io, heavy, work).await??;
+        self.base = Some(write);
+        self.mode = match (file, lease) {
+            (Some(file), Some(lease)) => Mode::Held(hold(&self.store, &self.id, file, lease)?),
+            _ => Mode::Optimistic,
+        };
+        Ok(written)
+    }
+
+    async fn step_optimistic(&mut self, step: Step, op: &'static str) -> Result<Written> {
+        let (store, id, base) = (Arc::clone(&self.store), self.id.clone(), self.base);
+        let may_create = self.request.expect != Expect::Existing && base.is_none();
+        let (heavy, write) = (step.is_heavy(&store), step.write_id());
+        let work = move || -> Result<Written> {
+            let conflict = |text| Err(Error::new(ErrorKind::Conflict, op, text));
+            let mut file = match SessionFile::open(&store, &id, None, Manner::PASSING)? {
+                Attempt::Done(Some((file, _))) => file,
+                Attempt::Busy { file, .. } if base.is_some() && peek_absent(&file) => return Err(gone(op)),
+                Attempt::Busy { .. } => return conflict("somebody else holds the session; nothing was stored"),
+                Attempt::Done(None) if may_create && write.is_some() => match SessionFile::create(&store, &id)? {
+                    Some(file) => file,
+                    None => return conflict("somebody else created the session meanwhile; nothing was stored"),
+                },
+                Attempt::Done(None) => return Err(gone(op)),
+            };
+            let last = file.last_write();
+            if last != base && (last.is_none() || last != write) {
+                return conflict("the session was changed meanwhile; nothing was stored");
+            }
+            step.apply(&mut file)
+        };
+        let written = run(self.store.config.io, heavy, work).await??;
+        self.base = write.or(base);
+        Ok(written)
+    }
+
+    async fn release(&mut self) -> Result<()> {
+        if let Mode::Held(held) = &self.mode {
+            with_file(&self.store, held, false, |file| {
+                drop(file);
+                (None, ())
+            })
+            .await?;
+        }
+        if !matches!(self.mode, Mode::Spent(Some(_))) {
+            self.mode = Mode::Spent(None);
+        }
+        self.fetched = None;
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl OpenSession for FileSession {
+    async fn read(&mut self) -> Result<Option<Record>> {
+        const OP: &str = "read";
+        let fetched = self.fetched.take();
+        match &self.mode {
+            Mode::Destroy => Err(unsupported(OP)),
+            Mode::Spent(Some(kind)) => Err(Error::new(*kind, OP, "this opening has ended with an error before")),
+            Mode::Spent(None) => Err(Error::new(ErrorKind::Gone, OP, "this opening is closed")),
+            Mode::Fresh | Mode::Absent => Ok(None),
+            _ if fetched.is_some() => Ok(fetched.flatten()),
+            Mode::Held(held) => {
+                let read = with_file(&self.store, held, false, |mut file| {
+                    let record = file.read();
+                    (Some(file), record)
+                });
+                let record = read.await?.unwrap_or_else(|| Err(gone(OP)))?;
+                Ok(record.map(|(record, _)| record))
+            }
+            Mode::View | Mode::Optimistic => {
+                let record = peek_at(&self.store, &self.id).await?;
+                self.base = record.as_ref().map(|(_, write)| *write);
+                Ok(record.map(|(record, _)| record))
+            }
+        }
+    }
+
+    async fn write(&mut self, record: &Record, id: WriteId) -> Result<Written> {
+        self.step(Step::Write(record.data.clone(), record.ttl, id), false).await
+    }
+
+    async fn destroy(&mut self) -> Result<Option<Record>> {
+        const OP: &str = "destroy";
+        match &self.mode {
+            Mode::View => return Err(unsupported(OP)),
+            Mode::Spent(None) => return Err(Error::new(ErrorKind::Gone, OP, "this opening is closed")),
+            _ => {}
+        }
+        let heavy = self.store.config.durability >= Durability::Data;
+        self.fetched = None;
+        let mode = std::mem::replace(&mut self.mode, Mode::Absent);
+        if let Mode::Held(held) = mode
+            && let Some(removed) = with_file(&self.store, &held, heavy, |file| (None, file.destroy())).await?
+        {
+            return removed;
+        }
+        let (store, id) = (Arc::clone(&self.store), self.id.clone());
+        run(self.store.config.io, heavy, move || destroy(&store, &id)).await?
+    }
+
+    async fn close(&mut self) -> Result<()> {
+        self.release().await
+    }
+
+    async fn touch(&mut self, ttl: Ttl) -> Result<Written> {
+        self.step(Step::Touch(ttl), false).await
+    }
+
+    async fn save(&mut self, change: &Change, id: WriteId) -> Result<Written> {
+        let outcome = match change {
+            Change::Write(record) => self.step(Step::Write(record.data.clone(), record.ttl, id), true).await,
+            Change::Touch(ttl) => self.step(Step::Touch(*ttl), true).await,
+            Change::Destroy => self.destroy().await.map(|_| Written::Applied),
+            Change::Nothing => return self.release().await.map(|()| Written::Applied),
+        };
+        if outcome.as_ref().err().is_none_or(|error| !error.kind().keeps_opening()) {
+            self.release().await?;
+        }
+        outcome
+    }
+
+    fn held(&self) -> Option<&Held> {
+        match &self.mode {
+            Mode::Held(held) => Some(held),
+            _ => None,
+        }
+    }
+}
+
+impl Drop for FileSession {
+    fn drop(&mut self) {
+        if let Mode::Held(held) = &self.mode {
+            abandon(&held.lease);
+        }
+    }
+}
+
+/// Reads the last committed state, without a lock.
+async fn peek_at(store: &Arc<Store>, id: &SessionId) -> Result<Option<(Record, WriteId)>> {
+    const OP: &str = "read";
+    let (io, store, id) = (store.config.io, Arc::clone(store), id.clone());
+    let work = move || -> Result<_> {
+        let name = store.dir.name(&id);
+        loop {
+            let Some(file) = store.dir.open_file(&name, false, OP)? else { return Ok(None) };
+            let stat = fstat(&file).map_err(|errno| fault(OP, errno))?;
+            match store.dir.judge(&stat, OP)? {
+                Plain::Ours => return Ok(load(&file, false, OP)?.live(now())),
+                Plain::Foreign => return Ok(None),
+                Plain::Unlinked => {}
+            }
+        }
+    };
+    run(io, false, work).await?
+}
+
+fn unsupported(op: &'static str) -> Error {
+    Error::new(ErrorKind::Unsupported, op, "this access does not allow it; open the session exclusively or optimistically")
+}

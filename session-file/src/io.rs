@@ -1,0 +1,836 @@
+//! One session file under its lock: reading, writing, touching, removing; and which of that may run in place.
+//!
+//! The rules of the format are in [`layout`](crate::layout); who gets the lock is decided elsewhere.
+
+use std::cell::RefCell;
+use std::fs::{File, TryLockError};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::stat::fstat;
+use session_core::{Error, ErrorKind, Record, Result, SessionId, Ttl, WriteId, Written};
+
+use crate::config::{Durability, FileConfig, Io};
+use crate::dir::{Dir, Plain, fault};
+use crate::layout::{
+    DEAD, DEAD_AT, ENTRY, Entry, FIRST_READ, FIXED, HEADER, HOLDER_AT, Header, Place, WAITING_AT, checksum, entry_at,
+    first_sequence, place_payload,
+};
+use crate::wait::{self, Attempt, Watch};
+
+/// Payloads up to this length are copied in place.
+pub(crate) const SMALL: usize = 64 << 10;
+/// How often a reader starts over before a file counts as damaged, or as one that never stands still.
+const READ_AGAIN: u32 = 10_000;
+/// How often an opener starts over because files come and go under the name.
+const OPEN_AGAIN: u32 = 1000;
+
+/// After this time nobody is still about to write a file that he created.
+const FORGOTTEN: Duration = Duration::from_secs(60);
+
+/// What handler and lock share.
+#[derive(Debug)]
+pub(crate) struct Store {
+    pub(crate) dir: Arc<Dir>,
+    pub(crate) config: FileConfig,
+    pub(crate) watch: Arc<Watch>,
+}
+
+/// Runs what touches files: in place, or on the blocking pool if it may wait for the disk.
+pub(crate) async fn run<T: Send + 'static>(io: Io, heavy: bool, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    if !pooled(io, heavy) {
+        return Ok(work());
+    }
+    tokio::task::spawn_blocking(work).await.map_err(|cause| {
+        Error::new(ErrorKind::Unknown, "file", "the blocking pool ended before the call did").with_source(cause)
+    })
+}
+
+/// Whether such a call runs on the pool.
+pub(crate) fn pooled(io: Io, heavy: bool) -> bool {
+    match io {
+        Io::Auto => heavy,
+        Io::Inline => false,
+        Io::Pool => true,
+    }
+}
+
+/// Milliseconds since 1970, by the clock of the machine: the clock of this store.
+pub(crate) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_millis() as u64
+}
+
+/// What a session file says.
+#[derive(Debug)]
+pub(crate) struct Content {
+    pub(crate) header: Header,
+    /// The entry in force and where it stands.
+    pub(crate) current: Option<(Entry, Place)>,
+    /// Whether the other entry is void: then the one in force is known to have reached the disk.
+    settled: bool,
+    data: Vec<u8>,
+}
+
+impl Content {
+    const NEW: Self = Self {
+        header: Header { second: None, dead: false, waiting: 0, holder: 0, since: 0 },
+        current: None,
+        settled: true,
+        data: Vec::new(),
+    };
+
+    /// Returns the record, with its last write, if it lives at `now`.
+    pub(crate) fn live(self, now: u64) -> Option<(Record, WriteId)> {
+        let (entry, _) = self.current.filter(|(entry, _)| !self.header.dead && now < entry.deadline)?;
+        Some((Record::new(self.data, Ttl::new(Duration::from_millis(entry.deadline - now))), entry.write))
+    }
+
+    /// Whether there is no record that lives at `now`.
+    pub(crate) fn is_absent(&self, now: u64) -> bool {
+        self.header.dead || self.current.is_none_or(|(entry, _)| now >= entry.deadline)
+    }
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Reads the state of a file. Without the lock a write may be going on.
+pub(crate) fn load(file: &File, locked: bool, op: &'static str) -> Result<Content> {
+    SCRATCH.with_borrow_mut(|buffer| {
+        buffer.resize(FIRST_READ, 0);
+        let mut flawed = 0;
+        for _ in 0..READ_AGAIN {
+            let length = read_head(file, buffer).map_err(|cause| fault(op, cause))?;
+            match judge(file, &buffer[..length], locked) {
+                Ok(Some(content)) => return Ok(content),
+                Ok(None) => {}
+                Err(Damage::Io(cause)) => return Err(fault(op, cause)),
+                // Half a header may be a creation that is going on.
+                Err(Damage::Flaw(_)) if !locked && flawed < 3 => {
+                    flawed += 1;
+                    std::thread::yield_now();
+                }
+                Err(Damage::Flaw(flaw)) => {
+                    return Err(Error::new(ErrorKind::Corrupt, op, format!("a session file: {flaw}")));
+                }
+            }
+        }
+        Err(Error::new(ErrorKind::Unavailable, op, "a session file changed faster than it could be read"))
+    })
+}
+
+enum Damage {
+    Io(io::Error),
+    Flaw(&'static str),
+}
+
+impl From<io::Error> for Damage {
+    fn from(cause: io::Error) -> Self {
+        Self::Io(cause)
+    }
+}
+
+/// Finds the entry in force; `None` means that the file changed meanwhile.
+fn judge(file: &File, bytes: &[u8], locked: bool) -> Result<Option<Content>, Damage> {
+    let header = Header::decode(bytes).map_err(Damage::Flaw)?;
+    let Some(second) = header.second else { return Ok(Some(Content { header, ..Content::NEW })) };
+    let copy = |bytes: &[u8], place| {
+        let mut entry = [0; ENTRY as usize];
+        if let Some(rest) = bytes.get(entry_at(place, second) as usize..) {
+            let length = rest.len().min(entry.len());
+            entry[..length].copy_from_slice(&rest[..length]);
+        }
+        entry
+    };
+    let entries = [Place::First, Place::Second].map(|place| (place, copy(bytes, place)));
+    let mut order = entries;
+    order.sort_by_key(|(_, raw)| std::cmp::Reverse(Entry::claimed(raw)));
+    for (place, raw) in &order {
+        if Entry::claimed(raw) == 0 {
+            continue;
+        }
+        if let Some(entry) = Entry::decode(raw)
+            && let Some(data) = payload(file, bytes, &entry)?
+        {
+            let settled = order.iter().all(|(other, raw)| other == place || Entry::claimed(raw) == 0);
+            return Ok(Some(Content { header, current: Some((entry, *place)), settled, data }));
+        }
+        if !locked {
+            // The highest entry that is not whole means a crash only if nobody is writing; who finds the header changed starts
+            // over, or he could return a state older than an acknowledged one.
+            let mut again = vec![0; (second + ENTRY) as usize];
+            let length = read_head(file, &mut again)?;
+            if entries.iter().any(|(place, then)| copy(&again[..length], *place) != *then) {
+                return Ok(None);
+            }
+        }
+    }
+    Err(Damage::Flaw("no entry in it is whole"))
+}
+
+/// Returns the payload of an entry, if the file has it.
+fn payload(file: &File, bytes: &[u8], entry: &Entry) -> io::Result<Option<Vec<u8>>> {
+    let (start, end) = (entry.offset, entry.offset + entry.length);
+    if let Some(data) = bytes.get(start as usize..).and_then(|rest| rest.get(..entry.length as usize)) {
+        return Ok(entry.holds(data).then(|| data.to_vec()));
+    }
+    // The length may be garbage: nothing is allocated for more than the file has.
+    if end > file.metadata()?.len() {
+        return Ok(None);
+    }
+    let mut data = vec![0; entry.length as usize];
+    let length = read_at(file, &mut data, start)?;
+    Ok((length == data.len() && entry.holds(&data)).then_some(data))
+}
+
+/// Reads the head of a file. A regular file answers short only at its end, so there is no second call to make sure.
+fn read_head(file: &File, bytes: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match file.read_at(bytes, 0) {
+            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
+            answer => return answer,
+        }
+    }
+}
+
+fn read_at(file: &File, bytes: &mut [u8], at: u64) -> io::Result<usize> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match file.read_at(&mut bytes[done..], at + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
+            Err(cause) => return Err(cause),
+        }
+    }
+    Ok(done)
+}
+
+/// An open session file whose lock is ours, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct SessionFile {
+    store: Arc<Store>,
+    id: SessionId,
+    file: File,
+    size: u64,
+    second: Option<u64>,
+    current: Option<(Entry, Place)>,
+    settled: bool,
+    /// The record was absent when the lock was taken, and nothing was written since: the next write creates it.
+    creating: bool,
+    /// Nobody wrote anything: the file goes with the lock.
+    empty: bool,
+    /// An error left it open what is in the file.
+    stale: bool,
+    since: u64,
+    /// Whether the holder line is written.
+    signed: bool,
+}
+
+/// What an opener with a lock found.
+pub(crate) type Opened = Option<(Box<SessionFile>, Option<(Record, WriteId)>)>;
+
+/// How an opener comes to the lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// Just now: those who stand in line go first.
+    Newcomer,
+    /// From the head of the line.
+    First,
+    /// For a moment only, past the line: it is now or not at all.
+    Passing,
+}
+
+/// What an opener wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Manner {
+    /// An absent id is answered, not created.
+    pub(crate) existing: bool,
+    /// How far ahead the deadline is kept: two of these.
+    pub(crate) lease: Duration,
+    pub(crate) turn: Turn,
+}
+
+impl Manner {
+    /// One write, touch or destroy of an id that should be there.
+    pub(crate) const PASSING: Self = Self { existing: true, lease: Duration::ZERO, turn: Turn::Passing };
+}
+
+impl SessionFile {
+    /// Tries to get the lock on the file of `id`, through `file` if that is open already. `Done(None)` is an absent id.
+    pub(crate) fn open(
+        store: &Arc<Store>,
+        id: &SessionId,
+        mut file: Option<File>,
+        manner: Manner,
+    ) -> Result<Attempt<Opened>> {
+        const OP: &str = "open";
+        let dir = &store.dir;
+        let name = dir.name(id);
+        let mut moved = false;
+        for _ in 0..OPEN_AGAIN {
+            let waited = file.is_some();
+            let found = match file.take() {
+                Some(file) => Some(file),
+                None => dir.open_file(&name, true, OP)?,
+            };
+            let (file, new) = match found {
+                Some(file) => (file, false),
+                None if manner.existing => return Ok(Attempt::Done(None)),
+                None => match dir.create_file(&name, OP)? {
+                    Some(file) => (file, true),
+                    None => {
+                        moved = true;
+                        continue;
+                    }
+                },
+            };
+            let free = try_lock(&file, OP)?;
+            let stat = fstat(&file).map_err(|errno| fault(OP, errno))?;
+            match dir.judge(&stat, OP)? {
+                Plain::Ours => {}
+                Plain::Unlinked => {
+                    moved = true;
+                    continue;
+                }
+                Plain::Foreign if manner.existing => return Ok(Attempt::Done(None)),
+                Plain::Foreign => return Err(taken_by_another_user(OP)),
+            }
+            // The link count tells that the file was removed; only after a wait can it also have been moved away unnoticed.
+            if waited && !dir.is_named(&name, &stat) {
+                moved = true;
+                continue;
+            }
+            if !free {
+                return Ok(Attempt::Busy { file, moved });
+            }
+            let size = stat.st_size as u64;
+            let content = if size == 0 { Content::NEW } else { load(&file, true, OP)? };
+            let now = now();
+            if manner.turn == Turn::Newcomer && content.header.waiting > now && wait::line(&file) {
+                // Closing is what wakes them; then this opener stands in line himself.
+                drop(file);
+                match dir.open_file(&name, true, OP)? {
+                    Some(file) if dir.judge(&fstat(&file).map_err(|errno| fault(OP, errno))?, OP)? == Plain::Ours => {
+                        return Ok(Attempt::Busy { file, moved: true });
+                    }
+                    _ => continue,
+                }
+            }
+            if manner.turn == Turn::First {
+                wait::leave(&file);
+            }
+            let absent = content.is_absent(now);
+            if content.header.dead || (manner.existing && content.current.is_none()) {
+                // Destroyed while somebody held it, or left behind by somebody who was killed before he wrote.
+                dir.unlink(&name, &file, OP)?;
+                moved = true;
+                continue;
+            }
+            if absent && manner.existing {
+                return Ok(Attempt::Done(None));
+            }
+            let mut this = Box::new(Self {
+                store: Arc::clone(store),
+                id: id.clone(),
+                file,
+                size,
+                second: content.header.second,
+                current: content.current,
+                settled: content.settled,
+                creating: absent,
+                empty: new || content.current.is_none(),
+                stale: false,
+                since: now,
+                signed: false,
+            });
+            if manner.turn == Turn::First {
+                // Where one waited, others may be waiting who want to know for whom.
+                this.sign();
+            }
+            if !absent {
+                this.prolong(manner.lease, now);
+            }
+            let record = content.live(now).map(|(mut record, write)| {
+                let deadline = this.current.map_or(0, |(entry, _)| entry.deadline);
+                record.ttl = Ttl::new(Duration::from_millis(deadline.saturating_sub(now)));
+                (record, write)
+            });
+            return Ok(Attempt::Done(Some((this, record))));
+        }
+        Err(taken_by_another_user(OP))
+    }
+
+    /// Creates the file of an id that nobody else knows, under its lock. `None` if the id is taken.
+    pub(crate) fn create(store: &Arc<Store>, id: &SessionId) -> Result<Option<Box<Self>>> {
+        const OP: &str = "write";
+        let name = store.dir.name(id);
+        for _ in 0..OPEN_AGAIN {
+            let Some(file) = store.dir.create_file(&name, OP)? else { return Ok(None) };
+            // Somebody may have found the file between these two calls; a collector takes it away, anybody else has it then.
+            if !try_lock(&file, OP)? {
+                return Ok(None);
+            }
+            let stat = fstat(&file).map_err(|errno| fault(OP, errno))?;
+            if stat.st_nlink == 0 {
+                continue;
+            }
+            return Ok(Some(Box::new(Self {
+                store: Arc::clone(store),
+                id: id.clone(),
+                file,
+                size: stat.st_size as u64,
+                second: None,
+                current: None,
+                settled: true,
+                creating: true,
+                empty: true,
+                stale: false,
+                since: now(),
+                signed: false,
+            })));
+        }
+        Err(Error::new(ErrorKind::Unavailable, OP, "a new session file was taken away again and again"))
+    }
+
+    /// Returns the id of the last write.
+    pub(crate) fn last_write(&self) -> Option<WriteId> {
+        self.current.filter(|_| !self.creating).map(|(entry, _)| entry.write)
+    }
+
+    /// Reads the record anew.
+    pub(crate) fn read(&mut self) -> Result<Option<(Record, WriteId)>> {
+        let creating = self.creating;
+        Ok(self.reload("read")?.live(now()).filter(|_| !creating))
+    }
+
+    /// Stores a record; the caller has checked whatever the fence wants beyond the deadline.
+    pub(crate) fn write(&mut self, data: &[u8], ttl: Ttl, id: WriteId) -> Result<Written> {
+        const OP: &str = "write";
+        too_large(&self.store, data.len(), OP)?;
+        if self.stale {
+            self.reload(OP)?;
+        }
+        let now = now();
+        if let Some((entry, _)) = self.current {
+            let repeated = entry.write == id;
+            if now >= entry.deadline && (repeated || !self.creating) {
+                return Err(gone(OP));
+            }
+            // What may not have reached the disk is written again: a sync that failed once says nothing the second time.
+            if repeated && (self.settled || self.store.config.durability == Durability::None) {
+                self.creating = false;
+                self.check(OP)?;
+                return Ok(Written::AlreadyApplied);
+            }
+        }
+        self.put(Some(data), id, now + ttl.as_millis(), true, OP)?;
+        Ok(Written::Applied)
+    }
+
+    /// Moves the deadline to now plus `ttl`.
+    pub(crate) fn touch(&mut self, ttl: Ttl) -> Result<Written> {
+        const OP: &str = "touch";
+        if self.stale {
+            self.reload(OP)?;
+        }
+        let now = now();
+        match self.current {
+            Some((entry, _)) if !self.creating && now < entry.deadline => {
+                self.put(None, entry.write, now + ttl.as_millis(), true, OP)?;
+                Ok(Written::Applied)
+            }
+            _ => Err(gone(OP)),
+        }
+    }
+
+    /// Keeps the record alive for its holder: with less than two leases left, its deadline moves two leases ahead.
+    pub(crate) fn renew(&mut self, lease: Duration) -> Result<()> {
+        const OP: &str = "renew";
+        self.sign();
+        if self.stale {
+            self.reload(OP)?;
+        }
+        let now = now();
+        match self.current {
+            Some((entry, _)) if !self.creating => {
+                if now >= entry.deadline {
+                    return Err(gone(OP));
+                }
+                let ahead = now + 2 * lease.as_millis() as u64;
+                if entry.deadline < ahead {
+                    return self.put(None, entry.write, ahead, false, OP);
+                }
+                self.check(OP)
+            }
+            _ => self.check(OP),
+        }
+    }
+
+    /// Removes the record with its file, and returns it if it lived.
+    pub(crate) fn destroy(mut self) -> Result<Option<Record>> {
+        const OP: &str = "destroy";
+        let creating = self.creating;
+        let content = match self.reload(OP) {
+            // Damage within a file of ours must not keep a logout from removing it.
+            Err(error) if error.kind() == ErrorKind::Corrupt && self.second.is_some() => Content::NEW,
+            content => content?,
+        };
+        self.remove(OP)?;
+        Ok(content.live(now()).map(|(record, _)| record).filter(|_| !creating))
+    }
+
+    /// Removes the file of `id` if its record is past its deadline or destroyed, and says whether it was an expired one; `None` if it
+    /// was left. Who is held or alive is left alone, and so is what is too young to be forgotten.
+    pub(crate) fn collect(store: &Arc<Store>, id: &SessionId) -> Result<Option<bool>> {
+        const OP: &str = "gc";
+        let name = store.dir.name(id);
+        let Some(file) = store.dir.open_file(&name, true, OP)? else { return Ok(None) };
+        let stat = fstat(&file).map_err(|errno| fault(OP, errno))?;
+        if store.dir.judge(&stat, OP)? != Plain::Ours || !try_lock(&file, OP)? {
+            return Ok(None);
+        }
+        // Only now is what it says final.
+        let content = load(&file, true, OP)?;
+        let forgotten = match content.current {
+            _ if content.header.dead => true,
+            Some((entry, _)) => now() >= entry.deadline,
+            None => is_forgotten(&stat),
+        };
+        let removed = forgotten && store.dir.unlink(&name, &file, OP)?;
+        let _ = file.unlock();
+        if removed && store.config.durability == Durability::Full {
+            store.dir.sync(&name).map_err(|cause| fault(OP, cause))?;
+        }
+        Ok(removed.then(|| content.current.is_some() && !content.header.dead))
+    }
+
+    /// Removes the file, and makes that last where it is asked for.
+    fn remove(&mut self, op: &'static str) -> Result<()> {
+        let (dir, durability) = (&self.store.dir, self.store.config.durability);
+        let unknown = |error: Error| error.with_kind(ErrorKind::Unknown);
+        if durability >= Durability::Data && self.current.is_some() {
+            // A removed name may come back after a power cut; the dead byte does not go again.
+            self.file.write_all_at(&[DEAD], DEAD_AT).map_err(|cause| unknown(fault(op, cause)))?;
+            self.file.sync_data().map_err(|cause| unknown(fault(op, cause)))?;
+        }
+        let name = dir.name(&self.id);
+        let removed = dir.unlink(&name, &self.file, op).map_err(unknown)?;
+        self.empty = false;
+        if removed && durability == Durability::Full {
+            dir.sync(&name).map_err(|cause| unknown(fault(op, cause)))?;
+        }
+        Ok(())
+    }
+
+    /// Writes who holds the lock, for those who wait. Nothing depends on it.
+    fn sign(&mut self) {
+        if self.size >= HEADER && !self.signed {
+            self.signed = true;
+            let mut line = [0; 16];
+            line[..8].copy_from_slice(&u64::from(std::process::id()).to_le_bytes());
+            line[8..].copy_from_slice(&self.since.to_le_bytes());
+            let _ = self.file.write_all_at(&line, HOLDER_AT);
+        }
+    }
+
+    fn prolong(&mut self, lease: Duration, now: u64) {
+        let ahead = now + 2 * lease.as_millis() as u64;
+        if let Some((entry, _)) = self.current
+            && entry.deadline < ahead
+            && let Err(error) = self.put(None, entry.write, ahead, false, "open")
+        {
+            // The renewal will try again, and the write will say what is wrong.
+            tracing::debug!(%error, "the deadline of a session could not be moved ahead");
+        }
+    }
+
+    fn reload(&mut self, op: &'static str) -> Result<Content> {
+        let content = load(&self.file, true, op)?;
+        (self.second, self.current, self.settled) = (content.header.second, content.current, content.settled);
+        self.size = self.file.metadata().map_err(|cause| fault(op, cause))?.len();
+        self.stale = false;
+        Ok(content)
+    }
+
+    /// Makes an entry, with a new payload or for the old one, at the place of the entry that is not in force.
+    fn put(&mut self, data: Option<&[u8]>, id: WriteId, deadline: u64, keep: bool, op: &'static str) -> Result<()> {
+        let durable = keep && self.store.config.durability >= Durability::Data;
+        if durable && !self.settled {
+            // The other entry is the last one that the disk has for sure, until the one in force has got there.
+            self.file.sync_data().map_err(|cause| fault(op, cause).with_kind(ErrorKind::Unavailable))?;
+            self.settled = true;
+        }
+        self.stale = true;
+        let entry = match (data, self.current) {
+            (None, Some((old, _))) => {
+                let entry = Entry { sequence: old.sequence + 1, deadline, ..old };
+                self.put_entry(&entry, self.target(), op)?;
+                entry
+            }
+            (data, _) => self.put_payload(data.unwrap_or_default(), id, deadline, op)?,
+        };
+        let target = self.target();
+        // Asked afterwards, not before: whoever destroys reads what he removed after writing the dead byte, and so sees a write
+        // that was answered with success.
+        self.check(op)?;
+        let before = self.current.replace((entry, target));
+        let created = self.creating;
+        let was_settled = before.is_none();
+        (self.creating, self.empty) = (false, false);
+        if durable {
+            self.file.sync_data().map_err(|cause| fault(op, cause).with_kind(ErrorKind::Unknown))?;
+            if created && self.store.config.durability == Durability::Full {
+                let name = self.store.dir.name(&self.id);
+                self.store.dir.sync(&name).map_err(|cause| fault(op, cause).with_kind(ErrorKind::Unknown))?;
+            }
+            // From here on nothing may fall back to the old entry, and the next writer need not wonder.
+            let second = self.second.unwrap_or(HEADER);
+            self.settled = was_settled || self.file.write_all_at(&[0; 8], entry_at(target.other(), second)).is_ok();
+        } else {
+            self.settled = was_settled;
+        }
+        if let Some((before, _)) = before {
+            self.shrink(&before, &entry);
+        }
+        self.stale = false;
+        Ok(())
+    }
+
+    fn target(&self) -> Place {
+        self.current.map_or(Place::First, |(_, place)| place.other())
+    }
+
+    fn put_payload(&mut self, data: &[u8], write: WriteId, deadline: u64, op: &'static str) -> Result<Entry> {
+        let length = data.len() as u64;
+        let target = self.target();
+        let second = self.second.unwrap_or_else(|| Header::second_for(data.len()));
+        let in_force = self.current.map(|(entry, _)| entry);
+        let offset = place_payload(target, second, self.size, in_force.as_ref(), length);
+        let sequence = in_force.map_or_else(|| first_sequence(write), |entry| entry.sequence + 1);
+        let entry = Entry { sequence, write, deadline, offset, length, sum: checksum(data) };
+        let end = (offset + length).max(entry_at(target, second) + ENTRY);
+        let behind = offset == entry_at(target, second) + ENTRY;
+        if end > self.size {
+            self.reserve(end, length, op)?;
+        }
+        // In one call only where nothing has to be reserved: a full disk must not leave an entry without its payload.
+        let joined = behind && (end <= self.size || self.second.is_none());
+        if joined && data.len() <= SMALL {
+            SCRATCH.with_borrow_mut(|buffer| {
+                buffer.clear();
+                buffer.extend_from_slice(&entry.encode());
+                buffer.extend_from_slice(data);
+                self.file.write_all_at(buffer, offset - ENTRY)
+            })
+        } else {
+            self.file.write_all_at(data, offset)
+        }
+        .map_err(|cause| self.refused(cause, op))?;
+        if !(joined && data.len() <= SMALL) {
+            self.put_entry(&entry, target, op)?;
+        }
+        if self.second.is_none() {
+            self.begin(second, op)?;
+        }
+        self.size = self.size.max(end);
+        Ok(entry)
+    }
+
+    fn put_entry(&mut self, entry: &Entry, target: Place, op: &'static str) -> Result<()> {
+        let second = self.second.unwrap_or_else(|| Header::second_for(entry.length as usize));
+        let at = entry_at(target, second);
+        if at + ENTRY > self.size {
+            within_limit(at + ENTRY, op)?;
+        }
+        self.file.write_all_at(&entry.encode(), at).map_err(|cause| {
+            let error = fault(op, cause);
+            let full = error.kind() == ErrorKind::Unavailable && is_full(&error);
+            if full { error } else { error.with_kind(ErrorKind::Unknown) }
+        })?;
+        self.size = self.size.max(at + ENTRY);
+        Ok(())
+    }
+
+    /// Makes the first entry count: the header comes last.
+    fn begin(&mut self, second: u64, op: &'static str) -> Result<()> {
+        if self.size > 0 {
+            // A power cut may have left an entry without a header.
+            self.file.write_all_at(&[0; ENTRY as usize], second).map_err(|cause| self.refused(cause, op))?;
+        }
+        let fixed: [u8; FIXED] = Header::fixed(second);
+        self.file.write_all_at(&fixed, 0).map_err(|cause| self.refused(cause, op))?;
+        self.second = Some(second);
+        Ok(())
+    }
+
+    /// Makes sure that there is room up to `end`, before anything is written there.
+    fn reserve(&self, end: u64, length: u64, op: &'static str) -> Result<()> {
+        within_limit(end, op)?;
+        if length as usize <= SMALL {
+            // The payload is written first and its range holds nothing, so writing it is what reserves; asking the file system
+            // to allocate costs a transaction of its own.
+            return Ok(());
+        }
+        match fallocate(&self.file, FallocateFlags::empty(), self.size as i64, (end - self.size) as i64) {
+            Ok(()) | Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINTR) => Ok(()),
+            Err(errno) => Err(self.refused(errno.into(), op)),
+        }
+    }
+
+    /// Gives back what a write reserved that could not be done.
+    fn refused(&self, cause: io::Error, op: &'static str) -> Error {
+        // Beyond the old length there is nothing that an entry points to.
+        let _ = self.file.set_len(self.size);
+        let error = fault(op, cause);
+        if is_full(&error) { error.with_kind(ErrorKind::Unavailable) } else { error.with_kind(ErrorKind::Unknown) }
+    }
+
+    /// Cuts off a tail that neither the last write nor the one before needs.
+    fn shrink(&mut self, before: &Entry, now: &Entry) {
+        let needed = before.end().max(now.end()).unwrap_or(self.size).max(HEADER + ENTRY);
+        let needed = needed.max(self.second.unwrap_or_default() + ENTRY).next_multiple_of(4096);
+        if self.size > 2 * needed + SMALL as u64 && self.file.set_len(needed).is_ok() {
+            self.size = needed;
+        }
+    }
+
+    /// Whether the file is still the one that holds the session.
+    fn check(&self, op: &'static str) -> Result<()> {
+        let mut dead = [0];
+        let unknown = |error: Error| error.with_kind(ErrorKind::Unknown);
+        let read = self.file.read_at(&mut dead, DEAD_AT).map_err(|cause| unknown(fault(op, cause)))?;
+        let stat = fstat(&self.file).map_err(|errno| unknown(fault(op, errno)))?;
+        if read == 1 && dead[0] == DEAD || stat.st_nlink == 0 { Err(gone(op)) } else { Ok(()) }
+    }
+
+    /// Removes the file if it was destroyed under its holder, who is the owner of the lock.
+    pub(crate) fn bury(&self) {
+        let mut dead = [0];
+        if self.file.read_at(&mut dead, DEAD_AT).is_ok_and(|read| read == 1 && dead[0] == DEAD) {
+            let _ = self.store.dir.unlink(&self.store.dir.name(&self.id), &self.file, "close");
+        }
+    }
+}
+
+impl Drop for SessionFile {
+    fn drop(&mut self) {
+        if self.empty {
+            let _ = self.store.dir.unlink(&self.store.dir.name(&self.id), &self.file, "close");
+        }
+        // Before the file is closed, because closing is what wakes the waiters.
+        let _ = self.file.unlock();
+    }
+}
+
+/// Removes the record of `id` without waiting for anybody, and returns it if it lived.
+pub(crate) fn destroy(store: &Arc<Store>, id: &SessionId) -> Result<Option<Record>> {
+    const OP: &str = "destroy";
+    let dir = &store.dir;
+    let name = dir.name(id);
+    let unknown = |cause: io::Error| fault(OP, cause).with_kind(ErrorKind::Unknown);
+    for _ in 0..OPEN_AGAIN {
+        let file = match SessionFile::open(store, id, None, Manner::PASSING)? {
+            Attempt::Done(None) => return Ok(None),
+            Attempt::Done(Some((file, _))) => return file.destroy(),
+            Attempt::Busy { file, .. } => file,
+        };
+        let before = load(&file, false, OP);
+        if before.as_ref().is_ok_and(|content| content.header.dead) {
+            return Ok(None);
+        }
+        within_limit(DEAD_AT + 1, OP)?;
+        file.write_all_at(&[DEAD], DEAD_AT).map_err(unknown)?;
+        let after = load(&file, false, OP);
+        if store.config.durability >= Durability::Data {
+            file.sync_data().map_err(unknown)?;
+        }
+        if try_lock(&file, OP)? {
+            dir.unlink(&name, &file, OP).map_err(|error| error.with_kind(ErrorKind::Unknown))?;
+            let _ = file.unlock();
+        }
+        let stat = fstat(&file).map_err(|errno| fault(OP, errno))?;
+        let removed = match after {
+            Ok(mut content) => {
+                content.header.dead = false;
+                content.live(now()).map(|(record, _)| record)
+            }
+            Err(error) if error.kind() == ErrorKind::Corrupt => None,
+            Err(error) => return Err(error),
+        };
+        // The holder may have removed the file himself, and somebody may have begun anew.
+        if stat.st_nlink == 0 && removed.is_none() {
+            continue;
+        }
+        return Ok(removed);
+    }
+    Err(Error::new(ErrorKind::Unknown, OP, "session files came and went under the name"))
+}
+
+/// Takes the lock if it is free.
+pub(crate) fn try_lock(file: &File, op: &'static str) -> Result<bool> {
+    match file.try_lock() {
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
+        Err(TryLockError::Error(cause)) => Err(fault(op, cause)),
+    }
+}
+
+/// Whether a file that nobody has written yet is old enough that nobody will.
+fn is_forgotten(stat: &nix::sys::stat::FileStat) -> bool {
+    now() / 1000 > stat.st_mtime.unsigned_abs() + FORGOTTEN.as_secs()
+}
+
+/// Whether a file that somebody else holds has no record that lives.
+pub(crate) fn peek_absent(file: &File) -> bool {
+    load(file, false, "open").is_ok_and(|content| content.is_absent(now()))
+}
+
+/// Tells later openers that somebody may stand in line until then. Only a hint: nothing but fairness depends on it.
+pub(crate) fn mark_waiting(file: &File, until: u64) {
+    if file.metadata().is_ok_and(|meta| meta.len() >= HEADER) {
+        let _ = file.write_all_at(&until.to_le_bytes(), WAITING_AT);
+    }
+}
+
+/// Refuses a payload over the limit.
+pub(crate) fn too_large(store: &Store, length: usize, op: &'static str) -> Result<()> {
+    let most = store.config.max_bytes;
+    if length > most {
+        let text = format!("a record of {length} bytes; at most {most} are stored");
+        return Err(Error::new(ErrorKind::TooLarge, op, text));
+    }
+    Ok(())
+}
+
+pub(crate) fn gone(op: &'static str) -> Error {
+    Error::new(ErrorKind::Gone, op, "the session was destroyed or has expired; nothing was stored")
+}
+
+fn taken_by_another_user(op: &'static str) -> Error {
+    Error::new(ErrorKind::Corrupt, op, "a file that is not ours stands where the session file should; it was left alone")
+}
+
+/// Whether the cause is that there is no room.
+fn is_full(error: &Error) -> bool {
+    let cause = std::error::Error::source(error).and_then(|source| source.downcast_ref::<io::Error>());
+    let errno = cause.and_then(io::Error::raw_os_error).map(Errno::from_raw);
+    matches!(errno, Some(Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG))
+}
+
+/// Refuses to grow a file beyond the limit of this process: the kernel would not refuse but kill.
+fn within_limit(end: u64, op: &'static str) -> Result<()> {
+    match getrlimit(Resource::RLIMIT_FSIZE) {
+        Ok((limit, _)) if end > limit => {
+            let text = format!("the file would grow to {end} bytes, and this process may write {limit} (RLIMIT_FSIZE)");
+            Err(Error::new(ErrorKind::Unavailable, op, text))
+        }
+        _ => Ok(()),
+    }
+}

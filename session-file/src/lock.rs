@@ -1,0 +1,334 @@
+//! The lock on its own, and the renewal of what the handler holds.
+//!
+//! A kernel lock has no lease: it ends when its holder lets go or his process ends, never before, however long he is stopped.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use nix::sys::stat::fstat;
+use session_core::{Error, ErrorKind, Held, Holder, Lease, LeaseRequest, LeaseToken, Result, SessionId, SessionLock};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::config::FileConfig;
+use crate::dir::{Dir, Plain, fault};
+use crate::io::{SessionFile, Store, gone, mark_waiting, now, pooled, run, try_lock};
+use crate::layout::{HEADER, HOLDER_AT, Header};
+use crate::wait::{self, Attempt, Watch};
+
+/// A [`SessionLock`] by kernel locks on files in a directory, for handlers that have none of their own.
+///
+/// It has its own files, in the directory `~locks`, and keeps none of them when nobody holds or waits: it does not contend with
+/// a [`FileHandler`](crate::FileHandler) on the same directory. Its lease never ends by time. It keeps processes of one
+/// machine apart, and nothing else.
+#[derive(Clone, Debug)]
+pub struct FileLock {
+    store: Arc<Store>,
+}
+
+impl FileLock {
+    /// Opens the directory of `config`, as [`FileHandler::open_dir`](crate::FileHandler::open_dir) does.
+    ///
+    /// # Errors
+    /// [`Config`](ErrorKind::Config), with the command that mends it.
+    pub fn open_dir(config: FileConfig) -> Result<Self> {
+        let dir = Arc::new(Dir::open(&config)?);
+        Ok(Self::on(Arc::new(Store { dir, config, watch: Arc::<Watch>::default() })))
+    }
+
+    pub(crate) fn on(store: Arc<Store>) -> Self {
+        Self { store }
+    }
+}
+
+#[async_trait]
+impl SessionLock for FileLock {
+    async fn acquire(&self, id: &SessionId, request: &LeaseRequest) -> Result<Arc<Lease>> {
+        let (store, io) = (Arc::clone(&self.store), self.store.config.io);
+        let until = Instant::now() + request.wait;
+        let attempt = {
+            let name = Dir::lock_name(id);
+            move |file, turn| LockFile::open(&store, &name, file, turn)
+        };
+        let first = attempt.clone();
+        let file = match run(io, false, move || first(None, false)).await?? {
+            Attempt::Done(file) => Ok(file),
+            Attempt::Busy { file, .. } if request.wait.is_zero() => Err(file),
+            Attempt::Busy { file, .. } => {
+                mark_waiting(&file, now() + request.wait.as_millis() as u64);
+                let attempt = move |file| attempt(Some(file), true);
+                wait::in_line(&self.store.watch, io, file, until, attempt, |_| None).await?
+            }
+        };
+        let file = file.map_err(|file| timed_out("acquire", &file, request.wait))?;
+        let clean = file.clean;
+        let lease = Lease::new(id.clone(), next_token()?, request.lease).after_clean_release(clean).with_state(Some(file));
+        Ok(Arc::new(lease))
+    }
+
+    async fn renew(&self, leases: &[Arc<Lease>]) -> Vec<Result<()>> {
+        let mut outcomes = Vec::with_capacity(leases.len());
+        for lease in leases {
+            let outcome = renew(lease).await;
+            if outcome.as_ref().is_err_and(|error| !error.kind().keeps_opening()) {
+                lease.mark_lost();
+            }
+            outcomes.push(outcome);
+        }
+        outcomes
+    }
+
+    async fn release(&self, lease: &Lease) -> Result<()> {
+        let mut state = lease.state().lock().await;
+        if let Some(file) = state.downcast_mut::<Option<LockFile>>() {
+            if let Some(file) = file.take() {
+                file.release();
+            }
+        } else if let Some(grip) = state.downcast_mut::<Grip>() {
+            drop(grip.take().await);
+        }
+        Ok(())
+    }
+
+    fn abandon(&self, lease: Arc<Lease>) {
+        abandon(&lease);
+    }
+}
+
+/// Lets go of the file behind a lease at once, if no renewal is using it; otherwise it goes with the last user.
+pub(crate) fn abandon(lease: &Lease) {
+    if let Ok(mut state) = lease.state().try_lock() {
+        if let Some(file) = state.downcast_mut::<Option<LockFile>>() {
+            *file = None;
+        } else if let Some(grip) = state.downcast_mut::<Grip>() {
+            *grip = Grip::Empty;
+        }
+    }
+}
+
+async fn renew(lease: &Lease) -> Result<()> {
+    let mut state = lease.state().lock().await;
+    if let Some(file) = state.downcast_ref::<Option<LockFile>>() {
+        return match file {
+            Some(file) if file.is_there()? => Ok(()),
+            _ => Err(Error::new(ErrorKind::Fenced, "renew", "the lock file is gone")),
+        };
+    }
+    let Some(grip) = state.downcast_mut::<Grip>() else {
+        return Err(Error::new(ErrorKind::Unsupported, "renew", "the lease is not from this lock"));
+    };
+    let Some(mut file) = grip.take().await else { return Err(gone("renew")) };
+    let outcome = file.renew(lease.length());
+    *grip = Grip::Idle(file);
+    outcome
+}
+
+/// What a lease of the handler holds: shared by the open session and its renewal.
+#[derive(Debug)]
+pub(crate) enum Grip {
+    Idle(Box<SessionFile>),
+    /// A call is under way on the blocking pool, perhaps one that nobody waits for any more.
+    Busy(JoinHandle<Option<Box<SessionFile>>>),
+    Empty,
+}
+
+impl Grip {
+    /// Takes the file, as soon as no call uses it.
+    async fn take(&mut self) -> Option<Box<SessionFile>> {
+        if let Self::Busy(call) = self {
+            let file = call.await.ok().flatten();
+            *self = file.map_or(Self::Empty, Self::Idle);
+        }
+        match std::mem::replace(self, Self::Empty) {
+            Self::Idle(file) => Some(file),
+            Self::Busy(_) | Self::Empty => None,
+        }
+    }
+}
+
+/// Makes the lease of an opened session.
+pub(crate) fn hold(store: &Arc<Store>, id: &SessionId, file: Box<SessionFile>, length: Duration) -> Result<Held> {
+    let lease = Lease::new(id.clone(), next_token()?, length).after_clean_release(true).with_state(Grip::Idle(file));
+    Ok(Held { lease: Arc::new(lease), lock: Arc::new(FileLock::on(Arc::clone(store))) })
+}
+
+/// Runs `work` on the file of a lease; `None` if there is none any more. Where it runs on the blocking pool, it runs to its end
+/// even if nobody waits for it.
+pub(crate) async fn with_file<R: Send + 'static>(
+    store: &Store,
+    held: &Held,
+    heavy: bool,
+    work: impl FnOnce(Box<SessionFile>) -> (Option<Box<SessionFile>>, R) + Send + 'static,
+) -> Result<Option<R>> {
+    let mut state = held.lease.state().lock().await;
+    let grip = state.downcast_mut::<Grip>().expect("the handler put a grip into each of its leases");
+    let Some(file) = grip.take().await else { return Ok(None) };
+    if !pooled(store.config.io, heavy) {
+        let (file, result) = work(file);
+        *grip = file.map_or(Grip::Empty, Grip::Idle);
+        return Ok(Some(result));
+    }
+    let (answer, answered) = oneshot::channel();
+    *grip = Grip::Busy(tokio::task::spawn_blocking(move || {
+        let (file, result) = work(file);
+        // Nobody may be waiting for it any more.
+        let _ = answer.send(result);
+        file
+    }));
+    *grip = grip.take().await.map_or(Grip::Empty, Grip::Idle);
+    let lost = |_| Error::new(ErrorKind::Unknown, "file", "the blocking pool ended before the call did");
+    answered.await.map(Some).map_err(lost)
+}
+
+/// The error of a wait that ended, with whoever holds `file`.
+pub(crate) fn timed_out(op: &'static str, file: &File, waited: Duration) -> Error {
+    let text = format!("the session stayed locked for the whole wait of {} ms", waited.as_millis());
+    Error::new(ErrorKind::LockTimeout, op, text).with_holder(holder(file, waited))
+}
+
+/// Finds out who holds the lock on `file`: which process, the kernel knows; since when, the line in the header if that process
+/// wrote one, and otherwise at least as long as we have waited.
+pub(crate) fn holder(file: &File, waited: Duration) -> Option<Holder> {
+    let mut head = [0; HEADER as usize];
+    let length = file.read_at(&mut head, 0).ok()?;
+    let line = Header::decode(&head[..length]).ok();
+    let pid = fstat(file).ok().and_then(|stat| lockers(stat.st_ino).first().copied());
+    let pid = pid.or_else(|| line.map(|line| line.holder).filter(|pid| *pid != 0))?;
+    let since = match line.filter(|line| line.holder == pid) {
+        Some(line) => UNIX_EPOCH + Duration::from_millis(line.since),
+        None => SystemTime::now() - waited,
+    };
+    let mut holder = Holder::this_process(since);
+    holder.process = format!("pid {pid}");
+    Some(holder)
+}
+
+/// Returns the processes that hold a kernel lock on this inode.
+fn lockers(inode: u64) -> Vec<u64> {
+    let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
+    locks.lines().filter_map(parse_lock).filter(|lock| lock.inode == inode && !lock.ticket).map(|lock| lock.pid).collect()
+}
+
+/// A line of the kernel's list of locks.
+pub(crate) struct KernelLock {
+    pub(crate) pid: u64,
+    pub(crate) inode: u64,
+    /// A place in line and not a lock on a session.
+    pub(crate) ticket: bool,
+}
+
+/// Reads one line: `1: FLOCK ADVISORY WRITE 4711 fe:00:131 0 EOF`.
+pub(crate) fn parse_lock(line: &str) -> Option<KernelLock> {
+    let words: Vec<&str> = line.split_ascii_whitespace().collect();
+    // A second word `->` marks somebody who blocks; nobody here does.
+    let [_, kind, _, "WRITE", pid, place, start, _] = words[..] else { return None };
+    let inode = place.rsplit(':').next()?.parse().ok()?;
+    match kind {
+        "FLOCK" => Some(KernelLock { pid: pid.parse().ok()?, inode, ticket: false }),
+        "OFDLCK" if wait::is_ticket(start.parse().ok()?) => Some(KernelLock { pid: 0, inode, ticket: true }),
+        _ => None,
+    }
+}
+
+/// Makes the name of an acquisition: it is not stored anywhere, so a random number of the process and a counter will do.
+fn next_token() -> Result<LeaseToken> {
+    static PROCESS: std::sync::OnceLock<[u8; 16]> = std::sync::OnceLock::new();
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let mut bytes = match PROCESS.get() {
+        Some(bytes) => *bytes,
+        None => {
+            let random = LeaseToken::random()?.to_bytes();
+            *PROCESS.get_or_init(|| random)
+        }
+    };
+    bytes[8..].copy_from_slice(&COUNT.fetch_add(1, Ordering::Relaxed).to_le_bytes());
+    Ok(LeaseToken::from_bytes(bytes))
+}
+
+/// Where a lock file says whether its last holder let go of it himself.
+const STATE_AT: usize = 17;
+const HELD: u8 = 1;
+const RELEASED: u8 = 2;
+
+/// A held lock file.
+#[derive(Debug)]
+struct LockFile {
+    store: Arc<Store>,
+    name: String,
+    file: File,
+    /// Whether the holder before let go himself, and was not killed: he may have had a write under way.
+    clean: bool,
+}
+
+impl LockFile {
+    fn open(store: &Arc<Store>, name: &str, mut file: Option<File>, turn: bool) -> Result<Attempt<Self>> {
+        const OP: &str = "acquire";
+        let dir = &store.dir;
+        let mut moved = false;
+        for _ in 0..1000 {
+            let found = match file.take() {
+                Some(file) => Some(file),
+                None => match dir.open_file(name, true, OP)? {
+                    Some(file) => Some(file),
+                    None => dir.create_file(name, OP)?,
+                },
+            };
+            let Some(file) = found else { continue };
+            let free = try_lock(&file, OP)?;
+            let stat = fstat(&file).map_err(|errno| fault(OP, errno))?;
+            match dir.judge(&stat, OP)? {
+                Plain::Ours if dir.is_named(name, &stat) => {}
+                Plain::Ours | Plain::Unlinked => {
+                    moved = true;
+                    continue;
+                }
+                Plain::Foreign => {
+                    return Err(Error::new(ErrorKind::Corrupt, OP, "a lock file is not ours; it was left alone"));
+                }
+            }
+            if !free {
+                return Ok(Attempt::Busy { file, moved });
+            }
+            let mut head = [0; HEADER as usize];
+            file.read_at(&mut head, 0).map_err(|cause| fault(OP, cause))?;
+            let waiting = Header::decode(&head).map_or(0, |header| header.waiting);
+            if !turn && waiting > now() && wait::line(&file) {
+                drop(file);
+                match dir.open_file(name, true, OP)? {
+                    Some(file) => return Ok(Attempt::Busy { file, moved: true }),
+                    None => continue,
+                }
+            }
+            if turn {
+                wait::leave(&file);
+            }
+            let clean = head[STATE_AT] != HELD;
+            head[STATE_AT] = HELD;
+            let at = HOLDER_AT as usize;
+            head[at..at + 8].copy_from_slice(&u64::from(std::process::id()).to_le_bytes());
+            head[at + 8..at + 16].copy_from_slice(&now().to_le_bytes());
+            file.write_all_at(&head, 0).map_err(|cause| fault(OP, cause))?;
+            return Ok(Attempt::Done(Self { store: Arc::clone(store), name: name.to_owned(), file, clean }));
+        }
+        Err(Error::new(ErrorKind::Unavailable, OP, "lock files came and went under the name"))
+    }
+
+    fn is_there(&self) -> Result<bool> {
+        fstat(&self.file).map(|stat| stat.st_nlink > 0).map_err(|errno| fault("renew", errno))
+    }
+
+    fn release(self) {
+        // Those who stand in line stand in line for this file. If nothing can be done about it, the next holder takes this for
+        // an unclean end, which costs him a write.
+        let kept = wait::line(&self.file) && self.file.write_all_at(&[RELEASED], STATE_AT as u64).is_ok();
+        if !kept {
+            let _ = self.store.dir.unlink(&self.name, &self.file, "release");
+        }
+        let _ = self.file.unlock();
+    }
+}
