@@ -271,7 +271,7 @@ async fn an_ended_lease_lets_the_next_in(env: Env) {
     for expect in [Expect::Existing, Expect::Any] {
         let id = session(&env, &*here, "old").await;
         let (stuck, _) = open_read(&*here, &id, env.briefly()).await;
-        match env.overtake(&*there, &id, stuck.held().is_none(), expect).await {
+        match env.overtake(&*there, &id, env.is_endless(&stuck), expect).await {
             Some(next) => saved(next, "new").await,
             // A lock without a time limit is freed with its holder.
             None => {
@@ -289,7 +289,7 @@ async fn a_lease_lasts_its_length(env: Env) {
     let length = env.tick() * 5;
     let started = Instant::now();
     let first = open(&*here, &id, OpenRequest::exclusive(SOON, length)).await;
-    let endless = first.held().is_none();
+    let endless = env.is_endless(&first);
     let wait = if endless { length * 2 } else { length * 2 + Duration::from_secs(5) };
     match there.open(&id, &OpenRequest::exclusive(wait, env.lease())).await {
         Ok(second) => {

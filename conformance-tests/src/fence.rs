@@ -51,7 +51,7 @@ async fn overtaken(env: &Env, here: &dyn SessionHandler, there: &dyn SessionHand
     if let Some(first) = first {
         written(&mut late, first).await;
     }
-    let mut successor = env.overtake(there, &id, late.held().is_none(), Expect::Existing).await;
+    let mut successor = env.overtake(there, &id, env.is_endless(&late), Expect::Existing).await;
     if let Some(successor) = &mut successor {
         let seen = read(successor).await;
         let expected = first.unwrap_or("old").as_bytes();
@@ -125,7 +125,7 @@ async fn repeat_after_somebody_else_wrote_is_refused(env: Env) {
     let (mut late, _) = open_read(&*here, &id, env.briefly()).await;
     let (record, name) = (record("first"), wid());
     applied(late.write(&record, name).await, "a write");
-    let Some(mut successor) = env.overtake(&*there, &id, late.held().is_none(), Expect::Existing).await else {
+    let Some(mut successor) = env.overtake(&*there, &id, env.is_endless(&late), Expect::Existing).await else {
         return still_in(&*here, &id, late).await;
     };
     assert_eq!(read(&mut successor).await.as_deref(), Some(&b"first"[..]));
@@ -139,7 +139,7 @@ async fn expired_lease_that_nobody_took_still_writes(env: Env) {
     let handler = env.handler().await;
     let id = session(&env, &*handler, "old").await;
     let (mut opened, _) = open_read(&*handler, &id, env.briefly()).await;
-    let endless = opened.held().is_none();
+    let endless = env.is_endless(&opened);
     env.outlast(env.short()).await;
     let outcome = write(&mut opened, "late").await;
     if env.strict_expiry() && !endless {
@@ -315,7 +315,7 @@ async fn destroyed_and_created_again_is_not_the_same(env: Env) {
     let id = session(&env, &*here, "old").await;
     let (mut late, _) = open_read(&*here, &id, env.briefly()).await;
     destroy(&*there, &id).await;
-    let Some(creator) = env.overtake(&*there, &id, late.held().is_none(), Expect::Any).await else {
+    let Some(creator) = env.overtake(&*there, &id, env.is_endless(&late), Expect::Any).await else {
         refused(write(&mut late, "late").await, &[ErrorKind::Gone], "a write to what was destroyed");
         return absent(&*there, &id, "after it was destroyed and its holder wrote").await;
     };
@@ -331,7 +331,7 @@ async fn absent_created_destroyed_is_not_absent(env: Env) {
     let id = new_id();
     let (mut late, seen) = open_read(&*here, &id, env.briefly().expecting(Expect::Any)).await;
     assert_eq!(seen, None);
-    let Some(creator) = env.overtake(&*there, &id, late.held().is_none(), Expect::Any).await else {
+    let Some(creator) = env.overtake(&*there, &id, env.is_endless(&late), Expect::Any).await else {
         return still_in(&*here, &id, late).await;
     };
     saved(creator, "made").await;
@@ -345,7 +345,7 @@ async fn absent_created_by_the_successor_is_refused(env: Env) {
     for creator_stays in [true, false] {
         let id = new_id();
         let (mut late, _) = open_read(&*here, &id, env.briefly().expecting(Expect::Any)).await;
-        let Some(mut creator) = env.overtake(&*there, &id, late.held().is_none(), Expect::Any).await else {
+        let Some(mut creator) = env.overtake(&*there, &id, env.is_endless(&late), Expect::Any).await else {
             return still_in(&*here, &id, late).await;
         };
         written(&mut creator, "made").await;

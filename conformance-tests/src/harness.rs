@@ -66,6 +66,12 @@ pub trait Harness: Send + Sync + 'static {
     fn recreates_destroyed(&self) -> bool {
         true
     }
+
+    /// Whether a lease ends by itself. A lock that ends with its holder, and never before, says no: then the next opener is kept
+    /// out until the holder lets go, and there is nothing to take over.
+    fn leases_end(&self) -> bool {
+        true
+    }
 }
 
 /// [`Harness`] as an object; every harness is one.
@@ -84,6 +90,8 @@ pub trait DynHarness: Send + Sync + 'static {
     fn dyn_remembers_destroyed(&self) -> bool;
     /// See [`Harness::recreates_destroyed`].
     fn dyn_recreates_destroyed(&self) -> bool;
+    /// See [`Harness::leases_end`].
+    fn dyn_leases_end(&self) -> bool;
 }
 
 impl<H: Harness> DynHarness for H {
@@ -113,6 +121,10 @@ impl<H: Harness> DynHarness for H {
 
     fn dyn_recreates_destroyed(&self) -> bool {
         self.recreates_destroyed()
+    }
+
+    fn dyn_leases_end(&self) -> bool {
+        self.leases_end()
     }
 }
 
@@ -201,6 +213,12 @@ impl Env {
     #[must_use]
     pub fn recreates_destroyed(&self) -> bool {
         self.harness.dyn_recreates_destroyed()
+    }
+
+    /// See [`Harness::leases_end`].
+    #[must_use]
+    pub fn leases_end(&self) -> bool {
+        self.harness.dyn_leases_end()
     }
 
     /// Returns randomness that follows from the seed of this run and from `stream`.

@@ -136,6 +136,10 @@ impl<H: Harness> Harness for InTestBinary<H> {
     fn recreates_destroyed(&self) -> bool {
         self.harness.recreates_destroyed()
     }
+
+    fn leases_end(&self) -> bool {
+        self.harness.leases_end()
+    }
 }
 
 /// Is a worker if a case has started this test executable as one; otherwise does nothing.

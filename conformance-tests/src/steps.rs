@@ -98,6 +98,11 @@ impl Env {
         tokio::time::sleep(self.tick() * n).await;
     }
 
+    /// Whether the lock of this holder has no time limit.
+    pub(crate) fn is_endless(&self, holder: &Opened) -> bool {
+        !self.leases_end() || holder.held().is_none()
+    }
+
     /// Waits for the lease of a holder to end and takes the session over. `None` if the holder's lock is `endless`, without a
     /// time limit, and it still holds the session.
     pub(crate) async fn overtake(

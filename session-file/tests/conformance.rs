@@ -33,6 +33,11 @@ impl Harness for Files {
     fn remembers_destroyed(&self) -> bool {
         false
     }
+
+    /// A kernel lock ends with its holder, and never before.
+    fn leases_end(&self) -> bool {
+        false
+    }
 }
 
 fn unsynced() -> Files {
