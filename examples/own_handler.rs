@@ -55,7 +55,7 @@ impl Shelf {
 }
 
 /// Keeps sessions on a [`Shelf`]. It takes no locks; [`Locked`] adds that.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 struct ShelfHandler {
     shelf: Shelf,
 }
@@ -85,7 +85,7 @@ impl SessionHandler for ShelfHandler {
 }
 
 /// What the next write goes by.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 enum Basis {
     /// The store must still be as this write or this destruction left it, or still have nothing.
     Still(Option<WriteId>),
@@ -93,6 +93,7 @@ enum Basis {
     Barred,
 }
 
+#[derive(Debug)]
 struct Opening {
     shelf: Shelf,
     id: SessionId,
@@ -116,6 +117,33 @@ impl Opening {
         record
     }
 
+    /// Stores what `next` makes of what is there, if that is still what this opening goes by.
+    fn replace(&mut self, id: Option<WriteId>, next: impl FnOnce(Option<&Slot>) -> Option<Slot>) -> Result<Written> {
+        if self.request.access != Access::Optimistic {
+            return self.refuse("write");
+        }
+        let (basis, spent, fresh) = (self.basis, self.end.is_some(), self.request.expect == Expect::Fresh);
+        let outcome = self.shelf.step(&self.id, |found| {
+            let last = found.map(|slot| slot.last);
+            let live = found.is_some_and(|slot| slot.data.is_some());
+            match basis {
+                _ if live && last == id => (None, Ok(Written::AlreadyApplied)),
+                Basis::Still(seen) if seen == last && !spent => match next(found) {
+                    Some(slot) => (Some(slot), Ok(Written::Applied)),
+                    None => (None, Err(ErrorKind::Gone)),
+                },
+                Basis::Still(seen) if live || (fresh && seen.is_none()) => (None, Err(ErrorKind::Conflict)),
+                Basis::Still(_) | Basis::Barred => (None, Err(ErrorKind::Gone)),
+            }
+        });
+        match (&outcome, id) {
+            (Ok(_), Some(id)) => (self.basis, self.fetched) = (Basis::Still(Some(id)), None),
+            (Ok(_), None) => self.fetched = None,
+            (Err(kind), _) => drop(self.end.get_or_insert(*kind)),
+        }
+        outcome.or_else(|_| self.refuse("write"))
+    }
+
     fn refuse<T>(&self, operation: &'static str) -> Result<T> {
         Err(Error::new(self.end.unwrap_or(ErrorKind::Unsupported), operation, "the session is not open for this"))
     }
@@ -131,26 +159,13 @@ impl OpenSession for Opening {
     }
 
     async fn write(&mut self, record: &Record, id: WriteId) -> Result<Written> {
-        if self.request.access != Access::Optimistic {
-            return self.refuse("write");
-        }
         let slot = Slot { data: Some(record.data.clone()), last: id, deadline: Instant::now() + record.ttl.as_duration() };
-        let (basis, spent, fresh) = (self.basis, self.end.is_some(), self.request.expect == Expect::Fresh);
-        let outcome = self.shelf.step(&self.id, |found| {
-            let last = found.map(|slot| slot.last);
-            let live = found.is_some_and(|slot| slot.data.is_some());
-            match basis {
-                _ if last == Some(id) => (None, Ok(Written::AlreadyApplied)),
-                Basis::Still(seen) if seen == last && !spent => (Some(slot), Ok(Written::Applied)),
-                Basis::Still(seen) if live || (fresh && seen.is_none()) => (None, Err(ErrorKind::Conflict)),
-                Basis::Still(_) | Basis::Barred => (None, Err(ErrorKind::Gone)),
-            }
-        });
-        match outcome {
-            Ok(_) => (self.basis, self.fetched) = (Basis::Still(Some(id)), None),
-            Err(kind) => drop(self.end.get_or_insert(kind)),
-        }
-        outcome.or_else(|_| self.refuse("write"))
+        self.replace(Some(id), |_| Some(slot))
+    }
+
+    async fn touch(&mut self, ttl: Ttl) -> Result<Written> {
+        let deadline = Instant::now() + ttl.as_duration();
+        self.replace(None, |found| found.filter(|slot| slot.data.is_some()).map(|slot| Slot { deadline, ..slot.clone() }))
     }
 
     async fn destroy(&mut self) -> Result<Option<Record>> {
@@ -168,16 +183,9 @@ impl OpenSession for Opening {
     }
 }
 
-impl fmt::Debug for ShelfHandler {
+impl fmt::Debug for Shelf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("ShelfHandler")
-    }
-}
-
-impl fmt::Debug for Opening {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Neither the id nor the bytes: both are secrets.
-        f.debug_struct("Opening").field("request", &self.request).finish_non_exhaustive()
+        f.write_str("Shelf")
     }
 }
 

@@ -121,6 +121,13 @@ fn unknown(scheme: &str) -> Error {
     Error::new(ErrorKind::Config, "dsn", message)
 }
 
+/// How to write a handler of one's own, from nothing to the passing suite.
+///
+/// Its code is `examples/own_handler.rs`, which is compiled and tested there.
+#[cfg(all(doc, not(doctest)))]
+#[doc = include_str!("../docs/write-a-handler.md")]
+pub mod write_a_handler {}
+
 #[cfg(test)]
 mod tests {
     use super::*;
