@@ -66,8 +66,19 @@ pub struct Outcome {
 pub fn cases() -> &'static [Case] {
     static CASES: OnceLock<Vec<Case>> = OnceLock::new();
     CASES.get_or_init(|| {
-        [crate::handler::CASES, crate::lock::CASES, crate::fence::CASES, crate::expiry::CASES, crate::processes::CASES]
-            .concat()
+        let suites: &[&[Case]] = &[
+            crate::handler::CASES,
+            crate::lock::CASES,
+            crate::fence::CASES,
+            crate::expiry::CASES,
+            crate::optimistic::CASES,
+            crate::race::CASES,
+            crate::cancel::CASES,
+            crate::hostile::CASES,
+            crate::admin::CASES,
+            crate::processes::CASES,
+        ];
+        suites.concat()
     })
 }
 

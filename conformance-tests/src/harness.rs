@@ -72,6 +72,12 @@ pub trait Harness: Send + Sync + 'static {
     fn leases_end(&self) -> bool {
         true
     }
+
+    /// Whether a touch rewrites the record under a new write id, as the provided method does: then it makes an optimistic write
+    /// that is based on an earlier read a conflict.
+    fn touch_rewrites(&self) -> bool {
+        false
+    }
 }
 
 /// [`Harness`] as an object; every harness is one.
@@ -92,6 +98,8 @@ pub trait DynHarness: Send + Sync + 'static {
     fn dyn_recreates_destroyed(&self) -> bool;
     /// See [`Harness::leases_end`].
     fn dyn_leases_end(&self) -> bool;
+    /// See [`Harness::touch_rewrites`].
+    fn dyn_touch_rewrites(&self) -> bool;
 }
 
 impl<H: Harness> DynHarness for H {
@@ -125,6 +133,10 @@ impl<H: Harness> DynHarness for H {
 
     fn dyn_leases_end(&self) -> bool {
         self.leases_end()
+    }
+
+    fn dyn_touch_rewrites(&self) -> bool {
+        self.touch_rewrites()
     }
 }
 
@@ -219,6 +231,12 @@ impl Env {
     #[must_use]
     pub fn leases_end(&self) -> bool {
         self.harness.dyn_leases_end()
+    }
+
+    /// See [`Harness::touch_rewrites`].
+    #[must_use]
+    pub fn touch_rewrites(&self) -> bool {
+        self.harness.dyn_touch_rewrites()
     }
 
     /// Returns randomness that follows from the seed of this run and from `stream`.

@@ -148,6 +148,8 @@ flaws! {
     ExistingCreates,
     /// Leaves an empty record when an absent id is closed.
     CloseCreates,
+    /// Takes a close without a write for a write of nothing.
+    CloseClears,
     /// Fails to close a second time.
     SecondCloseFails,
     /// Fails to close after the lock was lost.
@@ -170,6 +172,8 @@ flaws! {
     TouchIsAWrite,
     /// Touches what the holder no longer owns.
     TouchIsUnfenced,
+    /// Removes the record and puts it back with its new life, in two steps.
+    TouchTakesTwoSteps,
     /// Puts back what the opening had read when it is to prolong.
     TouchPutsBackOldBytes,
     /// Touches through an absent record, which it creates.
@@ -206,6 +210,10 @@ flaws! {
     RenewalIgnoresLength,
     /// Says that every lease follows a clean release.
     TakeoverIsCalledClean,
+    /// Rounds the length of a lease to whole hours when it tells it.
+    LeaseTellsAnotherLength,
+    /// Collects what will not live for another hour.
+    GcTakesTheLiving,
     /// Collects the records of held sessions.
     GcTakesHeld,
     /// Collects by the deadline that a record was created with.
@@ -258,8 +266,8 @@ flaws! {
     UnlockAlwaysSaysYes,
     /// Lets the holder write on whose lock was broken and taken.
     UnlockLeavesHolderIn,
-    /// Cannot be opened twice at the same time.
-    OneOpeningAtATime,
+    /// Cannot have more than eight sessions open at the same time.
+    EightOpeningsAtATime,
 }
 
 /// The harness of a liar, or, with [`Flaw::None`], of the honest store.
@@ -275,7 +283,8 @@ impl Liar {
     /// Makes the liar with this flaw.
     #[must_use]
     pub fn new(flaw: Flaw) -> Self {
-        Self { flaw, tick: Duration::from_millis(60), strict: false, stores: Mutex::default() }
+        let strict = flaw == Flaw::StrictIsIgnored;
+        Self { flaw, tick: Duration::from_millis(60), strict, stores: Mutex::default() }
     }
 
     /// Refuses writes under a lease that has ended.

@@ -26,6 +26,11 @@
 //! | [`handler_suite!`] | the callbacks do what [`SessionHandler`](session_core::SessionHandler) says |
 //! | [`fence_suite!`] | no write is applied that is not based on the newest state, whatever became of the lock |
 //! | [`expiry_suite!`] | records and leases end when they should, and collecting takes nothing that is alive or held |
+//! | [`optimistic_suite!`] | optimistic openings take no lock, and yield to whoever wrote or holds |
+//! | [`race_suite!`] | nothing is lost, torn or brought back when many work on one session at once |
+//! | [`cancel_suite!`] | nobody who goes away without a word keeps a session, or leaves half of a write |
+//! | [`hostile_suite!`] | ids and payloads of strangers do no harm, and secrets are not shown |
+//! | [`admin_suite!`] | the store can be listed, and a lock can be broken |
 //! | [`lock_suite!`] | the store's lock can be used alone; the harness has to give one |
 //! | [`processes_suite!`] | all of it across processes, some of them killed or stopped |
 //!
@@ -37,6 +42,8 @@
 //!
 //! This crate knows the contract and nothing of any backend.
 
+mod admin;
+mod cancel;
 mod case;
 mod children;
 mod expiry;
@@ -44,10 +51,13 @@ mod fence;
 pub mod hammer;
 mod handler;
 mod harness;
+mod hostile;
 pub mod liars;
 mod lock;
+mod optimistic;
 pub mod processes;
 pub mod proxy;
+mod race;
 mod steps;
 mod store;
 

@@ -137,6 +137,10 @@ impl<H: Harness> Harness for InTestBinary<H> {
         self.harness.recreates_destroyed()
     }
 
+    fn touch_rewrites(&self) -> bool {
+        self.harness.touch_rewrites()
+    }
+
     fn leases_end(&self) -> bool {
         self.harness.leases_end()
     }

@@ -139,7 +139,7 @@ impl Store {
             inner: Mutex::default(),
             instances: AtomicU64::new(0),
             collecting: AtomicBool::new(false),
-            openings: Arc::new(Semaphore::new(1)),
+            openings: Arc::new(Semaphore::new(8)),
         }
     }
 
@@ -349,7 +349,7 @@ impl SessionHandler for StoreHandler {
     async fn open(&self, id: &SessionId, request: &OpenRequest) -> Result<Box<dyn OpenSession>> {
         let store = &self.store;
         let key = store.key(id);
-        let permit = if store.is(Flaw::OneOpeningAtATime) {
+        let permit = if store.is(Flaw::EightOpeningsAtATime) {
             let permit = tokio::time::timeout(Duration::from_secs(2), store.openings.clone().acquire_owned()).await;
             Some(permit.map_err(|_| fail(ErrorKind::Unavailable, "open"))?.expect("nobody closes the semaphore"))
         } else {
@@ -453,6 +453,7 @@ impl SessionHandler for StoreHandler {
             cell.record.as_ref().is_some_and(|record| match (store.flaw, held) {
                 (Flaw::GcTakesHeld, Some(hold)) => record.deadline < now + hold.length * 2,
                 (_, Some(_)) => false,
+                (Flaw::GcTakesTheLiving, None) => record.deadline <= now + AGES,
                 (Flaw::GcTakesRenewed, None) => record.first_deadline <= now,
                 (_, None) => record.deadline <= now,
             })
@@ -963,6 +964,13 @@ impl OpenSession for Opening {
             let empty = Record::new([], Ttl::from_secs(900));
             store.with(&self.key, |cell, _| store.apply(cell, self.name, &empty, self.name, Instant::now()));
         }
+        if store.is(Flaw::CloseClears) && exclusive && !self.wrote && token.is_some() {
+            store.with(&self.key, |cell, _| {
+                if let Some(stored) = cell.record.as_mut() {
+                    stored.data.clear();
+                }
+            });
+        }
         if lost && store.is(Flaw::CloseAfterLossFails) {
             return Err(fail(ErrorKind::Fenced, "close"));
         }
@@ -974,6 +982,14 @@ impl OpenSession for Opening {
     }
 
     async fn touch(&mut self, ttl: Ttl) -> Result<Written> {
+        let away = match self.store.flaw {
+            Flaw::TouchTakesTwoSteps => self.store.with(&self.key, |cell, _| cell.record.take()),
+            _ => None,
+        };
+        if let Some(stored) = away {
+            tokio::time::sleep(GAP).await;
+            self.store.with(&self.key, |cell, _| cell.record.get_or_insert(stored).deadline);
+        }
         self.put(&Record::new([], ttl), WriteId::random()?, true).await
     }
 
@@ -1043,7 +1059,8 @@ impl SessionLock for StoreLock {
         let key = self.store.key(id);
         let taken = self.store.acquire(&key, self.instance, *request, false).await?;
         let (token, clean) = taken.expect("only an opening gives up because the session is absent");
-        Ok(Arc::new(Lease::new(id.clone(), token, request.lease).after_clean_release(clean)))
+        let told = if self.store.is(Flaw::LeaseTellsAnotherLength) { AGES } else { request.lease };
+        Ok(Arc::new(Lease::new(id.clone(), token, told).after_clean_release(clean)))
     }
 
     async fn renew(&self, leases: &[Arc<Lease>]) -> Vec<Result<()>> {

@@ -6,6 +6,11 @@ conformance_tests::handler_suite!(Liar::new(Flaw::None));
 conformance_tests::lock_suite!(Liar::new(Flaw::None));
 conformance_tests::fence_suite!(Liar::new(Flaw::None));
 conformance_tests::expiry_suite!(Liar::new(Flaw::None));
+conformance_tests::optimistic_suite!(Liar::new(Flaw::None));
+conformance_tests::race_suite!(Liar::new(Flaw::None));
+conformance_tests::cancel_suite!(Liar::new(Flaw::None));
+conformance_tests::hostile_suite!(Liar::new(Flaw::None));
+conformance_tests::admin_suite!(Liar::new(Flaw::None));
 
 mod strict {
     use super::{Flaw, Liar};

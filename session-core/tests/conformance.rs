@@ -16,13 +16,13 @@ struct InMemory<H> {
     make: fn() -> H,
     lock: fn(&H) -> Option<Arc<dyn SessionLock>>,
     strict: bool,
-    recreates: bool,
+    layered: bool,
     stores: Mutex<HashMap<String, H>>,
 }
 
 impl<H: Clone> InMemory<H> {
     fn new(make: fn() -> H) -> Self {
-        Self { make, lock: |_| None, strict: false, recreates: true, stores: Mutex::default() }
+        Self { make, lock: |_| None, strict: false, layered: false, stores: Mutex::default() }
     }
 
     fn store(&self, namespace: &str) -> H {
@@ -49,7 +49,11 @@ impl<H: SessionHandler + Clone> Harness for InMemory<H> {
     }
 
     fn recreates_destroyed(&self) -> bool {
-        self.recreates
+        !self.layered
+    }
+
+    fn touch_rewrites(&self) -> bool {
+        self.layered
     }
 }
 
@@ -61,6 +65,11 @@ conformance_tests::handler_suite!(memory());
 conformance_tests::lock_suite!(memory());
 conformance_tests::fence_suite!(memory());
 conformance_tests::expiry_suite!(memory());
+conformance_tests::optimistic_suite!(memory());
+conformance_tests::race_suite!(memory());
+conformance_tests::cancel_suite!(memory());
+conformance_tests::hostile_suite!(memory());
+conformance_tests::admin_suite!(memory());
 
 mod strict {
     use super::*;
@@ -71,6 +80,8 @@ mod strict {
 
     conformance_tests::fence_suite!(strict());
     conformance_tests::expiry_suite!(strict());
+    conformance_tests::race_suite!(strict());
+    conformance_tests::cancel_suite!(strict());
 }
 
 mod hash_ids {
@@ -85,6 +96,11 @@ mod hash_ids {
     conformance_tests::handler_suite!(hashed());
     conformance_tests::fence_suite!(hashed());
     conformance_tests::expiry_suite!(hashed());
+    conformance_tests::optimistic_suite!(hashed());
+    conformance_tests::race_suite!(hashed());
+    conformance_tests::cancel_suite!(hashed());
+    conformance_tests::hostile_suite!(hashed());
+    conformance_tests::admin_suite!(hashed());
 }
 
 mod observe {
@@ -96,6 +112,12 @@ mod observe {
 
     conformance_tests::handler_suite!(observed());
     conformance_tests::fence_suite!(observed());
+    conformance_tests::expiry_suite!(observed());
+    conformance_tests::optimistic_suite!(observed());
+    conformance_tests::race_suite!(observed());
+    conformance_tests::cancel_suite!(observed());
+    conformance_tests::hostile_suite!(observed());
+    conformance_tests::admin_suite!(observed());
 }
 
 mod locked {
@@ -128,7 +150,7 @@ mod locked {
 
     fn locked() -> InMemory<Both> {
         InMemory {
-            recreates: false,
+            layered: true,
             ..InMemory::new(|| Arc::new(Locked::new(OptimisticOnly(MemoryHandler::new()), MemoryLock::new())))
         }
     }
@@ -136,4 +158,8 @@ mod locked {
     conformance_tests::handler_suite!(locked());
     conformance_tests::fence_suite!(locked());
     conformance_tests::expiry_suite!(locked());
+    conformance_tests::optimistic_suite!(locked());
+    conformance_tests::race_suite!(locked());
+    conformance_tests::cancel_suite!(locked());
+    conformance_tests::hostile_suite!(locked());
 }
