@@ -93,6 +93,8 @@ fn hashed(dsn: &Dsn) -> Result<bool> {
 fn open(dsn: &Dsn) -> Result<(Arc<dyn SessionHandler>, &'static str)> {
     match dsn.scheme() {
         "memory" => Ok((memory(dsn)?, "memory")),
+        #[cfg(feature = "file")]
+        "file" => Ok((Arc::new(file::FileHandler::open_dir(file::FileConfig::from_dsn(dsn)?)?), "file")),
         scheme => Err(unknown(scheme)),
     }
 }
@@ -152,6 +154,20 @@ mod tests {
     #[tokio::test]
     async fn a_backend_that_is_not_compiled_in_names_its_feature() {
         assert!(refusal("file:///x").await.contains("needs the Cargo feature file"));
+    }
+
+    #[cfg(feature = "file")]
+    #[tokio::test]
+    async fn a_file_store_is_reached_by_its_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let dsn = format!("file://{}", directory.path().display());
+        let sessions = connect(&dsn).await.unwrap();
+        let mut session = sessions.create().unwrap();
+        session.insert("n", &7).unwrap();
+        let id = session.id().clone();
+        session.close().await.unwrap();
+        let again = connect(&dsn).await.unwrap();
+        assert_eq!(again.view(&id).await.unwrap().get::<i32>("n").unwrap(), Some(7));
     }
 
     #[tokio::test]

@@ -1,0 +1,339 @@
+//! The command line as a type: what can be said, and what its help says.
+//!
+//! Nothing here knows how a command is carried out. Ids and DSNs are taken as plain text and checked later, because clap repeats a
+//! refused value in its message, and these two may be secrets.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use session_core::parse_duration;
+
+const AFTER_HELP: &str = "\
+Stores:
+  file:///srv/sessions?depth=2&durability=none|data|full
+  memory://
+  with any of ttl= absolute_ttl= wait= lease= max_hold= locking=on|off queue= strict_expiry=
+  hash_ids= codec= max_bytes= prefix=; lengths of time are 500ms, 30s, 20m, 2h
+
+Exit status:
+  0  done
+  1  the answer is no: absent, locked by somebody else, updates lost, a case failed
+  2  usage or configuration
+  3  the store did not answer
+
+Example:
+  sessionctl incr file:///srv/sessions $ID visits --times 100";
+
+/// Checks a session store, hammers it, looks into it, measures it.
+#[derive(Debug, Parser)]
+#[command(name = "sessionctl", version, about, after_help = AFTER_HELP, max_term_width = 100)]
+#[command(arg_required_else_help = true, subcommand_required = true, infer_subcommands = false)]
+pub(crate) struct Cli {
+    /// One JSON object per line on stdout, and nothing else there
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Holds a store to the contract: the conformance suite, case by case
+    ///
+    /// Each case runs in a namespace of its own, which is removed at the end: for file:// a fresh directory inside the given one,
+    /// for memory:// a new store. The cases with several processes run for stores that processes can share.
+    #[command(after_help = "Examples:\n  sessionctl check file:///srv/sessions\n  sessionctl check memory:// --only fenced")]
+    Check(CheckArgs),
+    /// Proves that nothing is lost: processes that append, stall and die over shared sessions
+    ///
+    /// Worker processes append to and count up in shared sessions, each under the access you name, while some are stalled past their
+    /// lease and some are killed. In the end every acknowledged change must be there.
+    #[command(
+        after_help = "Examples:\n  sessionctl hammer file:///srv/sessions --processes 8 --kill 5\n  sessionctl hammer file:///srv/sessions --access none    # the control group: this loses updates"
+    )]
+    Hammer(HammerArgs),
+    /// Prints a value, or all values, of a session as JSON; takes no lock
+    ///
+    /// An absent session or key prints nothing, and the exit status is 1.
+    #[command(after_help = "Example:\n  sessionctl get file:///srv/sessions $ID cart")]
+    Get(GetArgs),
+    /// Stores a value under the lock; creates the session if it is absent
+    #[command(after_help = "Example:\n  sessionctl set file:///srv/sessions $ID name '\"Ada\"'")]
+    Set(SetArgs),
+    /// Counts a value up, each time under the lock; creates what is absent
+    ///
+    /// Each time: open exclusively, read, wait for --hold, write, close. Prints the final value.
+    #[command(after_help = "Example:\n  sessionctl incr file:///srv/sessions $ID visits --times 100 --hold 5ms")]
+    Incr(IncrArgs),
+    /// Takes the lock of a session and keeps it
+    ///
+    /// Prints "held" once it has the lock, renews it, and gives it back after --seconds or when told to end (SIGINT, SIGTERM). An
+    /// absent session can be held; nothing is stored under it.
+    #[command(after_help = "Example:\n  sessionctl hold file:///srv/sessions $ID --seconds 10")]
+    Hold(HoldArgs),
+    /// Removes a session, whoever holds it
+    ///
+    /// A logout never waits. If the session was absent, the exit status is 1.
+    #[command(after_help = "Example:\n  sessionctl rm file:///srv/sessions $ID")]
+    Rm(RmArgs),
+    /// Lists live sessions: handle, bytes, what is left of their lives
+    ///
+    /// A handle is never a live id. Behind hash_ids it is the stored hash; with hash_ids=off it is a short hash, sid:….
+    #[command(after_help = "Example:\n  sessionctl ls file:///srv/sessions --limit 20")]
+    Ls(LsArgs),
+    /// Lists held locks: handle, holder, for how long, how many wait
+    #[command(after_help = "Example:\n  sessionctl locks file:///srv/sessions")]
+    Locks(LocksArgs),
+    /// Takes the lock of a session from whoever holds it
+    ///
+    /// The holder's next write is refused once somebody else has taken over. If nobody holds it, the exit status is 1. A lock that
+    /// only the end of the holding process can free (files) is refused with the holder's name.
+    #[command(after_help = "Example:\n  sessionctl unlock file:///srv/sessions sid:0f3a9c2b7d41e685")]
+    Unlock(UnlockArgs),
+    /// Frees the space of expired sessions, in batches, and prints how many
+    #[command(after_help = "Example:\n  sessionctl gc file:///srv/sessions --limit 10000")]
+    Gc(GcArgs),
+    /// Measures cycles per second and waits, beside the raw floor
+    ///
+    /// A cycle is: open exclusively, read, write, close. Every task has a session of its own; there
+    /// is 1 task, then there are 16. What is compared runs in the same directory, in the same run,
+    /// in turns (A B C, A B C, …); the medians over the rounds are printed.
+    ///
+    ///   floor      a plain program on plain threads: open, flock, pread, pwrite in place, close;
+    ///              with fdatasync after the write for durability=data and full
+    ///   cycle      our handler: open, read, save
+    ///   session    all of ours: open, get, insert, close; ids hashed, values encoded, tasks queued
+    ///   rename     a plain program on plain threads: flock on a lock file, read, write a temporary
+    ///              file, fdatasync for data and full, rename, fsync the directory for full
+    ///   peer       tower-sessions-file-store: load, save; it neither locks nor syncs
+    ///   cycle_vs_rename, session_vs_peer
+    ///              how many times faster ours is (the peer: only where ours does not sync either)
+    ///   handover_processes
+    ///              from a holder's close to where the waiter's open returns, in another process
+    ///   handover_tasks
+    ///              the same between two tasks of one process
+    ///
+    /// The ratio is the cycles of a line divided by the cycles beside it: the floor's, except in the
+    /// two lines that say otherwise. memory:// has no floor, and gets cycle and session.
+    #[command(
+        verbatim_doc_comment,
+        after_help = "Example:\n  sessionctl bench file:///srv/sessions 'file:///srv/sessions?durability=data'"
+    )]
+    Bench(BenchArgs),
+    /// Prints a completion script for your shell
+    #[command(after_help = "Example:\n  sessionctl completions bash > /etc/bash_completion.d/sessionctl")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Takes part in a measurement or a case, as a process of its own
+    #[command(hide = true, name = "__worker")]
+    Worker {
+        /// In what
+        part: Part,
+    },
+}
+
+/// What a worker process takes part in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Part {
+    Case,
+    Handover,
+    Hammer,
+}
+
+impl Part {
+    /// The words that start this program as such a worker.
+    pub(crate) fn words(self) -> [&'static str; 2] {
+        let part = match self {
+            Self::Case => "case",
+            Self::Handover => "handover",
+            Self::Hammer => "hammer",
+        };
+        ["__worker", part]
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// The store
+    pub(crate) dsn: String,
+    /// Only the case of this name, or, if there is none, the cases whose names contain it
+    #[arg(long, value_name = "CASE")]
+    pub(crate) only: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HammerArgs {
+    /// The store
+    pub(crate) dsn: String,
+    /// Worker processes
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub(crate) processes: u32,
+    /// Tasks in each process
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) tasks: u32,
+    /// Sessions that all of them share
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) sessions: u32,
+    /// How long to go on
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=86_400), value_name = "N")]
+    pub(crate) seconds: u64,
+    /// Stop after this many acknowledged changes instead
+    #[arg(long, conflicts_with = "seconds", value_parser = clap::value_parser!(u64).range(1..), value_name = "N")]
+    pub(crate) ops: Option<u64>,
+    /// How the sessions are opened; "none" writes without lock and fence, as the control group
+    #[arg(long, value_enum, default_value_t = HammerAccess::Exclusive)]
+    pub(crate) access: HammerAccess,
+    /// Share of the changes during which the worker is stopped past its lease
+    #[arg(long, default_value_t = 0.0, value_parser = percent, value_name = "PERCENT")]
+    pub(crate) stall: f64,
+    /// Share of the changes during which the worker is killed
+    #[arg(long, default_value_t = 0.0, value_parser = percent, value_name = "PERCENT")]
+    pub(crate) kill: f64,
+    /// Length of the lease, instead of the DSN's
+    #[arg(long, value_parser = duration, value_name = "DUR")]
+    pub(crate) lease: Option<Duration>,
+    /// How long each change keeps the session open
+    #[arg(long, default_value = "0ms", value_parser = duration, value_name = "DUR")]
+    pub(crate) hold: Duration,
+    /// Bytes in each session besides what is counted
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=16_777_216), value_name = "BYTES")]
+    pub(crate) payload: u32,
+    /// Repeats the random choices of an earlier run
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum HammerAccess {
+    Exclusive,
+    Optimistic,
+    Merge,
+    None,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GetArgs {
+    /// The store
+    pub(crate) dsn: String,
+    /// The session's id
+    pub(crate) id: String,
+    /// The key; without it, the whole session as one object
+    pub(crate) key: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SetArgs {
+    /// The store
+    pub(crate) dsn: String,
+    /// The session's id
+    pub(crate) id: String,
+    /// The key
+    pub(crate) key: String,
+    /// The value, as JSON; a text needs its own quotes: '"Ada"'
+    #[arg(value_name = "JSON", allow_hyphen_values = true)]
+    pub(crate) value: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct IncrArgs {
+    /// The store
+    pub(crate) dsn: String,
+    /// The session's id
+    pub(crate) id: String,
+    /// The key
+    pub(crate) key: String,
+    /// How many times
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..), value_name = "N")]
+    pub(crate) times: u64,
+    /// How long to keep the session open between read and write
+    #[arg(long, default_value = "0ms", value_parser = duration, value_name = "DUR")]
+    pub(crate) hold: Duration,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HoldArgs {
+    /// The store
+    pub(crate) dsn: String,
+    /// The session's id
+    pub(crate) id: String,
+    /// Give it back after this long; without it, when told to end
+    #[arg(long, value_name = "N")]
+    pub(crate) seconds: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RmArgs {
+    /// The store
+    pub(crate) dsn: String,
+    /// The session's id
+    pub(crate) id: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LsArgs {
+    /// The store
+    pub(crate) dsn: String,
+    /// At most this many
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<NonZeroU32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LocksArgs {
+    /// The store
+    pub(crate) dsn: String,
+    /// At most this many
+    #[arg(long, default_value = "1000", value_name = "N")]
+    pub(crate) limit: NonZeroU32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct UnlockArgs {
+    /// The store
+    pub(crate) dsn: String,
+    /// The session's id, or its handle as "ls" and "locks" print it
+    pub(crate) id: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GcArgs {
+    /// The store
+    pub(crate) dsn: String,
+    /// Stop after this many
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<NonZeroU32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// The stores, one after the other
+    #[arg(required = true, value_name = "DSN")]
+    pub(crate) dsns: Vec<String>,
+    /// Rounds; the medians over them are printed
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
+    pub(crate) rounds: u32,
+    /// How long each contender runs in each round
+    #[arg(long, default_value = "200ms", value_parser = duration, value_name = "DUR")]
+    pub(crate) round: Duration,
+    /// Bytes in each session
+    #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=1_048_576), value_name = "BYTES")]
+    pub(crate) payload: u32,
+    /// How many hand-overs to time
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000), value_name = "N")]
+    pub(crate) handovers: u32,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    parse_duration(text).ok_or_else(|| "expected a duration such as 500ms, 30s, 20m or 2h".into())
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    match text.strip_suffix('%').unwrap_or(text).parse::<f64>() {
+        Ok(number) if (0.0..=100.0).contains(&number) => Ok(number),
+        _ => Err("expected a number from 0 to 100".into()),
+    }
+}

@@ -1,0 +1,327 @@
+//! `bench`: our cycle beside the floor, in turns, in one run, and how long a hand-over takes.
+//!
+//! Reading order: [`plain`] (the floor), [`ours`] (our cycles and the peer's), [`handover`].
+
+mod handover;
+mod ours;
+mod plain;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use indicatif::ProgressBar;
+use serde::Serialize;
+use session_core::Dsn;
+use tempfile::TempDir;
+
+pub(crate) use self::handover::wait_for_handovers;
+use self::ours::{HandlerCycle, PeerCycle, SessionCycle};
+use self::plain::{Program, Sync};
+use crate::args::BenchArgs;
+use crate::failure::Failure;
+use crate::output::{Align, Cell, Output, Style, Table, bytes, micros, span, thousands};
+use crate::store::{Place, connect, redact};
+
+/// What one contender did in one round.
+#[derive(Debug)]
+pub(crate) struct Round {
+    /// How long it ran.
+    pub(crate) elapsed: Duration,
+    /// How long each cycle took, in nanoseconds.
+    pub(crate) waits: Vec<u32>,
+}
+
+impl Round {
+    fn nanos(wait: Duration) -> u32 {
+        u32::try_from(wait.as_nanos()).unwrap_or(u32::MAX)
+    }
+
+    /// Joins what ran side by side.
+    fn join(parts: Vec<Self>) -> Self {
+        let elapsed = parts.iter().map(|part| part.elapsed).max().unwrap_or_default();
+        Self { elapsed, waits: parts.into_iter().flat_map(|part| part.waits).collect() }
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "nobody counts 2^52 cycles in a round")]
+    fn cycles_per_s(&self) -> f64 {
+        self.waits.len() as f64 / self.elapsed.as_secs_f64().max(1e-9)
+    }
+}
+
+/// A line of the answer.
+#[derive(Debug, Serialize)]
+struct Measurement {
+    what: &'static str,
+    dsn: String,
+    tasks: usize,
+    payload: u32,
+    cycles_per_s: Option<f64>,
+    floor_cycles_per_s: Option<f64>,
+    ratio: Option<f64>,
+    p50_us: Option<f64>,
+    p99_us: Option<f64>,
+    trips: Option<u32>,
+}
+
+pub(crate) async fn bench(args: BenchArgs, out: &Output) -> Result<(), Failure> {
+    for dsn in &args.dsns {
+        // All of them, before the first is measured for seconds.
+        sessionkit::handler(dsn).await?;
+    }
+    for (n, dsn) in args.dsns.iter().enumerate() {
+        if n > 0 && !out.is_json() {
+            out.raw("")?;
+        }
+        let measured = Arena::new(dsn, &args).await?.measure(out).await?;
+        for measurement in measured.iter().filter(|_| out.is_json()) {
+            out.object(measurement)?;
+        }
+        if !out.is_json() {
+            print(dsn, &args, &measured, out)?;
+        }
+    }
+    Ok(())
+}
+
+/// The place where all contenders run.
+struct Arena<'a> {
+    args: &'a BenchArgs,
+    name: String,
+    dsn: String,
+    files: Option<Files>,
+}
+
+struct Files {
+    directory: TempDir,
+    sync: Sync,
+}
+
+/// Everything that takes part in the rounds.
+enum Contender {
+    Plain(Program, PathBuf, Sync),
+    Cycle(HandlerCycle),
+    Session(SessionCycle),
+    Peer(PeerCycle),
+}
+
+impl<'a> Arena<'a> {
+    async fn new(dsn: &str, args: &'a BenchArgs) -> Result<Self, Failure> {
+        let name = redact(dsn);
+        Ok(match Place::new(dsn, "bench").await? {
+            Place::Memory => Self { args, name, dsn: dsn.to_owned(), files: None },
+            Place::Directory(directory, options) => {
+                let sync = match Dsn::parse(dsn)?.option("durability") {
+                    Some("none") => Sync::None,
+                    Some("full") => Sync::Full,
+                    _ => Sync::Data,
+                };
+                Self { args, name, dsn: options.at(&directory.path().join("ours"))?, files: Some(Files { directory, sync }) }
+            }
+        })
+    }
+
+    async fn measure(&self, out: &Output) -> Result<Vec<Measurement>, Failure> {
+        let mut measured = Vec::new();
+        let bar = out.progress(0, "  {bar:32} {percent:>3} %  {msg}");
+        bar.set_message("preparing");
+        for tasks in [1, 16] {
+            let contenders = self.contenders(tasks).await?;
+            bar.set_length(2 * u64::from(self.args.rounds + 1) * contenders.len() as u64);
+            let medians = self.rounds(&contenders, tasks, &bar).await?;
+            self.compare(&contenders, &medians, tasks, &mut measured);
+        }
+        if self.files.is_some() {
+            bar.set_message("hand-over");
+            let round = handover::between_processes(&self.dsn, self.args.handovers).await?;
+            measured.push(self.waits("handover_processes", 2, round.waits));
+            let round = handover::between_tasks(&connect(&self.dsn).await?, self.args.handovers).await?;
+            measured.push(self.waits("handover_tasks", 2, round.waits));
+        }
+        bar.finish_and_clear();
+        Ok(measured)
+    }
+
+    async fn contenders(&self, tasks: usize) -> Result<Vec<(&'static str, Contender)>, Failure> {
+        let payload = self.args.payload as usize;
+        let mut contenders = Vec::new();
+        if let Some(Files { directory, sync }) = &self.files {
+            for (name, program) in [("floor", Program::InPlace), ("rename", Program::Rename)] {
+                let place = directory.path().join(name);
+                std::fs::create_dir_all(&place)
+                    .and_then(|()| program.prepare(&place, tasks, payload))
+                    .map_err(Failure::local("make the files of the floor"))?;
+                contenders.push((name, Contender::Plain(program, place, *sync)));
+            }
+            let peer = PeerCycle::prepare(&directory.path().join("peer"), tasks, payload).await?;
+            contenders.push(("peer", Contender::Peer(peer)));
+        }
+        let cycle = HandlerCycle::prepare(sessionkit::handler(&self.dsn).await?, tasks, payload).await?;
+        contenders.insert(contenders.len().min(1), ("cycle", Contender::Cycle(cycle)));
+        let session = SessionCycle::prepare(connect(&self.dsn).await?, tasks, payload).await?;
+        contenders.insert(contenders.len().min(2), ("session", Contender::Session(session)));
+        Ok(contenders)
+    }
+
+    /// Lets each contender run in each round, and returns for each the median of its rates and all of its waits.
+    async fn rounds(
+        &self,
+        contenders: &[(&'static str, Contender)],
+        tasks: usize,
+        bar: &ProgressBar,
+    ) -> Result<Vec<(f64, Vec<u32>)>, Failure> {
+        let mut rates = vec![Vec::new(); contenders.len()];
+        let mut waits = vec![Vec::new(); contenders.len()];
+        for round in 0..=self.args.rounds {
+            for (n, (name, contender)) in contenders.iter().enumerate() {
+                bar.set_message(format!("{name}, {tasks} task{}", if tasks == 1 { "" } else { "s" }));
+                let ran = contender.run(tasks, self.args.payload as usize, self.args.round).await?;
+                bar.inc(1);
+                // The first round warms caches, allocators and the clock of the processor.
+                if round > 0 {
+                    rates[n].push(ran.cycles_per_s());
+                    waits[n].extend(ran.waits);
+                }
+            }
+        }
+        Ok(rates.into_iter().map(median).zip(waits).collect())
+    }
+
+    fn compare(
+        &self,
+        contenders: &[(&'static str, Contender)],
+        medians: &[(f64, Vec<u32>)],
+        tasks: usize,
+        measured: &mut Vec<Measurement>,
+    ) {
+        let rate = |name| contenders.iter().position(|(other, _)| *other == name).map(|n| medians[n].0);
+        for ((name, _), (cycles, waits)) in contenders.iter().zip(medians) {
+            let floor = rate("floor").filter(|_| *name != "floor");
+            measured.push(Measurement {
+                cycles_per_s: Some(round(*cycles, 1)),
+                floor_cycles_per_s: floor.map(|floor| round(floor, 1)),
+                ratio: floor.map(|floor| four_digits(cycles / floor)),
+                ..self.waits(name, tasks, waits.clone())
+            });
+        }
+        let mut pairs = vec![("cycle_vs_rename", "cycle", "rename")];
+        // The peer knows no durability: beside a store that waits for the disk, the factor would compare two promises.
+        if self.files.as_ref().is_some_and(|files| files.sync == Sync::None) {
+            pairs.push(("session_vs_peer", "session", "peer"));
+        }
+        for (what, ours, theirs) in pairs {
+            if let (Some(ours), Some(theirs)) = (rate(ours), rate(theirs)) {
+                measured.push(Measurement {
+                    cycles_per_s: Some(round(ours, 1)),
+                    floor_cycles_per_s: Some(round(theirs, 1)),
+                    ratio: Some(four_digits(ours / theirs)),
+                    ..self.waits(what, tasks, Vec::new())
+                });
+            }
+        }
+    }
+
+    fn waits(&self, what: &'static str, tasks: usize, mut waits: Vec<u32>) -> Measurement {
+        waits.sort_unstable();
+        let at = |share: f64| quantile(&waits, share).map(|nanos| round(f64::from(nanos) / 1000.0, 2));
+        Measurement {
+            what,
+            dsn: self.name.clone(),
+            tasks,
+            payload: self.args.payload,
+            cycles_per_s: None,
+            floor_cycles_per_s: None,
+            ratio: None,
+            p50_us: at(0.5),
+            p99_us: at(0.99),
+            trips: None,
+        }
+    }
+}
+
+impl Contender {
+    async fn run(&self, tasks: usize, payload: usize, length: Duration) -> Result<Round, Failure> {
+        match self {
+            Self::Cycle(cycle) => cycle.run(length).await,
+            Self::Session(cycle) => cycle.run(length).await,
+            Self::Peer(cycle) => cycle.run(length).await,
+            Self::Plain(program, directory, sync) => {
+                let (program, directory, sync) = (*program, directory.clone(), *sync);
+                let run = move || program.run(&directory, tasks, payload, sync, length);
+                let ran = tokio::task::spawn_blocking(run).await.expect("a plain program does not panic");
+                ran.map_err(Failure::local("run a plain program in the store's directory"))
+            }
+        }
+    }
+}
+
+fn median(mut rates: Vec<f64>) -> f64 {
+    rates.sort_by(f64::total_cmp);
+    let middle = rates.len() / 2;
+    match rates.len() {
+        0 => 0.0,
+        n if n.is_multiple_of(2) => f64::midpoint(rates[middle - 1], rates[middle]),
+        _ => rates[middle],
+    }
+}
+
+fn quantile(sorted: &[u32], share: f64) -> Option<u32> {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "an index")]
+    let at = (sorted.len() as f64 * share) as usize;
+    sorted.get(at.min(sorted.len().saturating_sub(1))).copied()
+}
+
+/// Enough to tell ratios apart, and not more than the noise allows.
+fn four_digits(ratio: f64) -> f64 {
+    format!("{ratio:.3e}").parse().expect("a printed number can be read")
+}
+
+fn round(number: f64, digits: i32) -> f64 {
+    let scale = 10f64.powi(digits);
+    (number * scale).round() / scale
+}
+
+fn print(dsn: &str, args: &BenchArgs, measured: &[Measurement], out: &Output) -> Result<(), Failure> {
+    let how = format!("{} a session, medians of {} rounds of {}", bytes(args.payload.into()), args.rounds, span(args.round));
+    out.raw(&format!("{}  {}", out.paint(Style::Bold, crate::output::escape(&redact(dsn))), out.paint(Style::Dim, how)))?;
+    let mut table = Table::new(&[
+        ("what", Align::Left),
+        ("tasks", Align::Right),
+        ("cycles/s", Align::Right),
+        ("beside", Align::Right),
+        ("ratio", Align::Right),
+        ("p50", Align::Right),
+        ("p99", Align::Right),
+    ]);
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate is positive and small")]
+    let rate = |rate: Option<f64>| rate.map_or_else(String::new, |rate| thousands(rate.round() as u64));
+    for line in measured {
+        let time = |us: Option<f64>| Cell::new(us.map_or_else(String::new, micros));
+        let ratio = line
+            .ratio
+            .map_or_else(String::new, |ratio| if ratio < 0.1 { format!("{ratio:.4}") } else { format!("{ratio:.2}") });
+        table.row(vec![
+            Cell::new(line.what),
+            Cell::styled(line.tasks.to_string(), Style::Dim),
+            Cell::new(rate(line.cycles_per_s)),
+            Cell::styled(rate(line.floor_cycles_per_s), Style::Dim),
+            Cell::styled(ratio, Style::Bold),
+            time(line.p50_us),
+            time(line.p99_us),
+        ]);
+    }
+    table.print(out)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_and_quantiles_are_of_the_middle() {
+        assert!((median(vec![3.0, 1.0, 2.0]) - 2.0).abs() < f64::EPSILON);
+        assert!((median(vec![4.0, 1.0, 2.0, 3.0]) - 2.5).abs() < f64::EPSILON);
+        let waits: Vec<u32> = (0..1000).collect();
+        assert_eq!((quantile(&waits, 0.5), quantile(&waits, 0.99), quantile(&[], 0.5)), (Some(500), Some(990), None));
+    }
+}
