@@ -16,7 +16,7 @@ use crate::janitor::Opening;
 use crate::merge::{Redo, lay_over};
 use crate::record::{Change, Record, WriteId, Written};
 use crate::seal::{self, Purpose};
-use crate::sessions::{Core, Found, MAX_REDOS};
+use crate::sessions::{Core, Found, Live, MAX_REDOS};
 use crate::ttl::Ttl;
 
 /// How often a generated id may turn out to be taken before something must be wrong with the randomness.
@@ -69,6 +69,8 @@ pub(crate) struct Work {
     pub(crate) data: Data,
     pub(crate) left: Option<Ttl>,
     pub(crate) touch: bool,
+    /// The handler has no optimistic writes: a short exclusive opening compares at the save.
+    pub(crate) compare: bool,
     pub(crate) new_id: Option<NewId>,
     /// Keys whose every change since the base can be done again on a newer value; only for `merge`.
     pub(crate) redo: Vec<(String, Vec<Redo>)>,
@@ -79,7 +81,7 @@ pub(crate) struct Work {
 impl Work {
     pub(crate) fn new(id: SessionId, mode: Mode, opening: Option<Opening>, data: Data) -> Self {
         let (base, left, new_id, unsettled) = (None, None, None, None);
-        Self { id, mode, opening, base, data, left, touch: false, new_id, redo: Vec::new(), unsettled }
+        Self { id, mode, opening, base, data, left, touch: false, compare: false, new_id, redo: Vec::new(), unsettled }
     }
 
     /// Takes the opening and a copy of the rest, for a save that may outlive the request.
@@ -92,6 +94,7 @@ impl Work {
             data: self.data.clone(),
             left: self.left,
             touch: self.touch,
+            compare: self.compare,
             new_id: self.new_id,
             redo: self.redo.clone(),
             unsettled: self.unsettled.take(),
@@ -105,6 +108,11 @@ impl Work {
             None => self.data.values.is_empty(),
         };
         !same || self.new_id.is_some()
+    }
+
+    /// Lets go of the opening, and of a write of unknown fate with it: that may be repeated only through the same opening.
+    fn forget_opening(&mut self) {
+        (self.opening, self.unsettled) = (None, None);
     }
 
     fn saved(&mut self, left: Option<Ttl>) {
@@ -127,6 +135,7 @@ impl Core {
         match work.mode {
             Mode::Retired => Ok(()),
             Mode::Fresh => self.create_record(work, then, lease).await,
+            Mode::Optimistic if work.compare => self.compare_and_replace(work, wait, lease).await,
             Mode::Exclusive | Mode::Optimistic => self.replace(work, then, lease).await,
             Mode::Merge => self.merge(work, then, wait, lease).await,
         }
@@ -236,12 +245,46 @@ impl Core {
         })
     }
 
+    /// Does what an optimistic write does, for a handler that has none: under the lock, and only if nothing has changed.
+    async fn compare_and_replace(self: &Arc<Self>, work: &mut Work, wait: Duration, lease: Duration) -> Result<()> {
+        if !work.is_changed() {
+            return Ok(());
+        }
+        let live = self.find_newest(&work.id, wait, lease).await?;
+        if work.base.as_ref() != Some(&live.data) {
+            let _ = live.opening.close().await;
+            return Err(Error::new(ErrorKind::Conflict, "save", "the session was changed meanwhile; nothing was stored"));
+        }
+        (work.id, work.left, work.opening) = (live.id, Some(live.left), Some(live.opening));
+        let outcome = self.replace(work, Then::Close, lease).await;
+        work.forget_opening();
+        outcome
+    }
+
+    async fn find_newest(self: &Arc<Self>, id: &SessionId, wait: Duration, lease: Duration) -> Result<Live> {
+        match self.find(id, Access::Exclusive { wait, lease }, Expect::Existing, wait).await? {
+            Found::Live(live) => Ok(live),
+            Found::Absent { .. } | Found::Retired { .. } => {
+                Err(Error::new(ErrorKind::Gone, "save", "the session was destroyed meanwhile"))
+            }
+        }
+    }
+
     async fn merge(self: &Arc<Self>, work: &mut Work, then: Then, wait: Duration, lease: Duration) -> Result<()> {
         if work.new_id.is_none() && work.opening.is_some() {
             match self.replace(work, then, lease).await {
                 Err(error) if error.kind() == ErrorKind::Conflict => {}
                 outcome => return outcome,
             }
+        }
+        if let Some(mut opening) = work.opening.take() {
+            // A write of unknown fate is settled through its own opening: through another it could be applied a second time.
+            let settled = self.apply(&mut opening, &Change::Nothing, Then::Close, &mut work.unsettled).await;
+            if let Err(Failure { error, usable }) = settled {
+                work.opening = usable.then_some(opening);
+                return Err(error);
+            }
+            opening.closed();
         }
         if !work.is_changed() {
             return Ok(());
@@ -252,13 +295,7 @@ impl Core {
         let deadline = Instant::now() + wait;
         for redo in 0..=MAX_REDOS {
             let left = deadline.saturating_duration_since(Instant::now());
-            let exclusive = Access::Exclusive { wait: left, lease };
-            let live = match self.find(&work.id, exclusive, Expect::Existing, left).await? {
-                Found::Live(live) => live,
-                Found::Absent { .. } | Found::Retired { .. } => {
-                    return Err(Error::new(ErrorKind::Gone, "merge", "the session was destroyed meanwhile"));
-                }
-            };
+            let live = self.find_newest(&work.id, left, lease).await?;
             let was = base.as_ref().map(|base| &base.values).unwrap_or(&live.data.values);
             let merged = match lay_over(was, &ours.values, &live.data.values, &work.redo) {
                 Ok(merged) => merged,
@@ -277,8 +314,8 @@ impl Core {
             match outcome {
                 Ok(()) => return Ok(()),
                 Err(error) => {
-                    // Back to what the request knows; a write of unknown fate is not repeated on top of another state.
-                    work.opening = None;
+                    // Back to what the request knows.
+                    work.forget_opening();
                     (work.base, work.data, work.redo) = (base.clone(), ours.clone(), redos);
                     let again = matches!(error.kind(), ErrorKind::Fenced | ErrorKind::Conflict) && redo < MAX_REDOS;
                     if !again {
@@ -382,7 +419,13 @@ impl Core {
         self.janitor.start()?;
         let mode = if self.settings.locking { Mode::Exclusive } else { Mode::Optimistic };
         let request = OpenRequest { access: mode.access(lease), expect: Expect::Fresh };
-        let inner = self.handler.open(id, &request).await?;
+        let inner = match self.handler.open(id, &request).await {
+            Err(error) if error.kind() == ErrorKind::Unsupported && mode == Mode::Optimistic => {
+                let request = OpenRequest { access: Mode::Exclusive.access(lease), expect: Expect::Fresh };
+                self.handler.open(id, &request).await?
+            }
+            inner => inner?,
+        };
         Ok(Opening::new(inner, self.queues.take(id), Arc::clone(&self.janitor)))
     }
 

@@ -164,8 +164,25 @@ impl Sessions {
 
     async fn open_expecting(&self, id: &SessionId, expect: Expect) -> Result<Session> {
         let mode = if self.core.settings.locking { Mode::Exclusive } else { Mode::Optimistic };
-        let found = self.core.find(id, mode.access(self.lease), expect, self.wait).await?;
+        let found = match mode {
+            Mode::Exclusive => self.core.find(id, mode.access(self.lease), expect, self.wait).await?,
+            _ => self.find_optimistic(id, expect).await?,
+        };
         self.hand_out(found, mode)
+    }
+
+    /// Without optimistic writes it is a view, and its save a short exclusive opening that compares.
+    async fn find_optimistic(&self, id: &SessionId, expect: Expect) -> Result<Found> {
+        match self.core.find(id, Access::Optimistic, expect, self.wait).await {
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                let mut found = self.core.find(id, Access::ReadOnly, Expect::Existing, self.wait).await?;
+                if let Found::Live(live) = &mut found {
+                    live.compare_at_save = true;
+                }
+                Ok(found)
+            }
+            found => found,
+        }
     }
 
     /// Reads `id` without a lock and without waiting: the last committed state. An absent id gives an empty view. Never prolongs
@@ -199,17 +216,7 @@ impl Sessions {
     /// # Cancel safety
     /// Safe.
     pub async fn merge(&self, id: &SessionId) -> Result<Session> {
-        let found = match self.core.find(id, Access::Optimistic, Expect::Existing, self.wait).await {
-            Err(error) if error.kind() == ErrorKind::Unsupported => {
-                // Without optimistic writes a merge is a view, and its save a short exclusive opening that compares.
-                let mut found = self.core.find(id, Access::ReadOnly, Expect::Existing, self.wait).await?;
-                if let Found::Live(live) = &mut found {
-                    live.compare_at_save = true;
-                }
-                found
-            }
-            found => found?,
-        };
+        let found = self.find_optimistic(id, Expect::Existing).await?;
         self.hand_out(found, Mode::Merge)
     }
 
@@ -218,8 +225,7 @@ impl Sessions {
             Found::Live(live) => {
                 let Live { id, opening, data, left, presented, compare_at_save } = live;
                 let mut work = Work::new(id, mode, (!compare_at_save).then_some(opening), data.clone());
-                work.base = Some(data);
-                work.left = Some(left);
+                (work.base, work.left, work.compare) = (Some(data), Some(left), compare_at_save);
                 if presented {
                     // Stored with the next save, which this makes due: the old id has had its reminder.
                     work.data.origin = None;
@@ -367,6 +373,8 @@ impl Core {
         wait: Duration,
     ) -> Result<Found> {
         self.janitor.start()?;
+        // Where no call of a store ever waits, this is what lets the other tasks of the thread run.
+        tokio::task::coop::consume_budget().await;
         let deadline = Instant::now() + wait;
         let mut id = id.clone();
         for hop in 0..=MAX_HOPS {

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use session_core::{
-    ErrorKind, Expect, ManualClock, MemoryHandler, OpenRequest, OpenSession, Record, Result, Session, SessionHandler,
-    SessionId, Sessions, SessionsBuilder, Ttl, WriteId, Written, async_trait,
+    Access, Error, ErrorKind, Expect, ManualClock, MemoryHandler, OpenRequest, OpenSession, Record, Result, Session,
+    SessionHandler, SessionId, Sessions, SessionsBuilder, Ttl, WriteId, Written, async_trait,
 };
 
 fn builder() -> SessionsBuilder {
@@ -371,6 +371,53 @@ fn sessions_survive_the_end_of_the_runtime_that_they_began_on() {
         sessions.shutdown().await;
         sessions.open(&id).await.unwrap().close().await.unwrap();
     });
+}
+
+#[tokio::test]
+async fn without_optimistic_writes_a_race_is_found_by_comparing() {
+    let exclusive = Arc::new(ExclusiveOnly(MemoryHandler::new()));
+    for locking in [true, false] {
+        let sessions = Sessions::builder(exclusive.clone()).locking(locking).build().unwrap();
+        let id = stored(&sessions, &[("n", 1)]).await;
+        let open = async || if locking { sessions.merge(&id).await.unwrap() } else { sessions.open(&id).await.unwrap() };
+        let (mut a, mut b) = (open().await, open().await);
+        a.insert("n", &2).unwrap();
+        b.insert("n", &3).unwrap();
+        a.save().await.unwrap();
+        assert_eq!(b.close().await.unwrap_err().kind(), ErrorKind::Conflict);
+        a.insert("n", &4).unwrap();
+        a.close().await.unwrap();
+        assert_eq!(number(&sessions, &id, "n").await, Some(4));
+        assert_eq!(sessions.in_use(), (0, 0));
+    }
+}
+
+#[tokio::test]
+async fn a_task_that_never_waits_lets_the_others_of_its_thread_run() {
+    let sessions = sessions();
+    let id = stored(&sessions, &[("n", 1)]).await;
+    let other = tokio::spawn(async {});
+    while !other.is_finished() {
+        sessions.open(&id).await.unwrap().close().await.unwrap();
+    }
+}
+
+/// A store that has no optimistic writes.
+#[derive(Debug)]
+struct ExclusiveOnly(MemoryHandler);
+
+#[async_trait]
+impl SessionHandler for ExclusiveOnly {
+    async fn open(&self, id: &SessionId, request: &OpenRequest) -> Result<Box<dyn OpenSession>> {
+        match request.access {
+            Access::Optimistic => Err(Error::new(ErrorKind::Unsupported, "open", "this store has no optimistic writes")),
+            _ => self.0.open(id, request).await,
+        }
+    }
+
+    async fn gc(&self, limit: NonZeroU32) -> Result<u64> {
+        self.0.gc(limit).await
+    }
 }
 
 /// A store that takes its time over every save.
