@@ -59,7 +59,7 @@ impl Output {
             Style::Bad => "1;31",
             Style::Plain => return text,
         };
-        if self.colour { format!("\u{1b}[{code}m{text}\u{1b}[0m").into() } else { text }
+        if self.colour && !text.is_empty() { format!("\u{1b}[{code}m{text}\u{1b}[0m").into() } else { text }
     }
 
     /// A bar of `length` steps on stderr, for human eyes only: hidden for JSON and away from terminals.

@@ -116,6 +116,9 @@ pub(crate) async fn hold(args: HoldArgs, out: &Output) -> Result<(), Failure> {
     };
     let since = Instant::now();
     let told = if out.is_json() { out.object(&json!({"held": true})) } else { out.raw("held") };
+    if args.seconds.is_none() && !out.is_json() && io::stdin().is_terminal() && io::stderr().is_terminal() {
+        eprintln!("(until Ctrl-C)");
+    }
     let outcome = match told {
         Ok(()) => {
             let kept = keep(&session, args.seconds.map(Duration::from_secs));

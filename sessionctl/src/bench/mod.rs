@@ -281,7 +281,11 @@ fn round(number: f64, digits: i32) -> f64 {
 }
 
 fn print(dsn: &str, args: &BenchArgs, measured: &[Measurement], out: &Output) -> Result<(), Failure> {
-    let how = format!("{} a session, medians of {} rounds of {}", bytes(args.payload.into()), args.rounds, span(args.round));
+    let rounds = match args.rounds {
+        1 => "1 round".to_owned(),
+        rounds => format!("medians of {rounds} rounds"),
+    };
+    let how = format!("{} a session, {rounds} of {}", bytes(args.payload.into()), span(args.round));
     out.raw(&format!("{}  {}", out.paint(Style::Bold, crate::output::escape(&redact(dsn))), out.paint(Style::Dim, how)))?;
     let mut table = Table::new(&[
         ("what", Align::Left),
@@ -294,7 +298,12 @@ fn print(dsn: &str, args: &BenchArgs, measured: &[Measurement], out: &Output) ->
     ]);
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate is positive and small")]
     let rate = |rate: Option<f64>| rate.map_or_else(String::new, |rate| thousands(rate.round() as u64));
+    let mut tasks = None;
     for line in measured {
+        // A blank line between what ran apart.
+        if tasks.replace(line.tasks).is_some_and(|before| before != line.tasks) {
+            table.row(Vec::new());
+        }
         let time = |us: Option<f64>| Cell::new(us.map_or_else(String::new, micros));
         let ratio = line
             .ratio

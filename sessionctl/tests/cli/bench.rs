@@ -70,6 +70,6 @@ fn a_mistake_in_the_last_store_is_told_before_the_first_is_measured() {
 fn people_get_a_table() {
     let answer = run(&["bench", "memory://", "--rounds", "1", "--round", "5ms"]);
     let lines: Vec<_> = answer.text().lines().collect();
-    assert!(lines[0].starts_with("memory://  2.0 KiB a session"), "{answer:?}");
-    assert!(lines[1].trim_start().starts_with("what") && lines.len() == 6, "{answer:?}");
+    assert!(lines[0].starts_with("memory://  2.0 KiB a session, 1 round of 5 ms"), "{answer:?}");
+    assert!(lines[1].trim_start().starts_with("what") && lines.len() == 7, "{answer:?}");
 }

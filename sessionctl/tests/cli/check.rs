@@ -1,8 +1,11 @@
 //! `check`: which cases run, where, and what is said about them.
 
+use std::process::Stdio;
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
-use crate::{Store, run};
+use crate::{Answer, Store, run, sessionctl};
 
 #[test]
 fn one_case_is_chosen_by_its_name_and_several_by_a_part_of_it() {
@@ -43,4 +46,20 @@ fn a_store_that_breaks_a_guarantee_ends_with_one() {
     let answer = run(&["check", "file:///proc/self", "--json"]);
     assert_ne!(answer.status, 0, "{answer:?}");
     assert!(answer.objects().iter().all(|line: &Value| line["outcome"] != "passed"));
+}
+
+#[test]
+fn being_told_to_end_leaves_nothing_behind() {
+    let store = Store::new();
+    let child = sessionctl(&["check", &store.dsn("")]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let own = || std::fs::read_dir(store.0.path()).unwrap().any(|entry| entry.unwrap().path().is_dir());
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into().unwrap());
+    while !own() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).unwrap();
+    let answer = Answer::of(child.wait_with_output().unwrap());
+    assert_eq!((answer.status, answer.stderr.as_str()), (130, ""));
+    assert!(!own());
 }

@@ -1,11 +1,12 @@
 //! `get`, `set`, `incr`, `hold`, `rm`.
 
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::{Store, new_id, run};
+use crate::{Answer, Store, new_id, run, sessionctl};
 
 #[test]
 fn what_is_set_can_be_read_until_it_is_removed() {
@@ -122,4 +123,35 @@ fn a_view_and_a_removal_do_not_wait_for_a_holder() {
     store.run("get", &[&id]).refused(1, "no such session");
     drop(holder);
     store.run("get", &[&id]).refused(1, "no such session");
+}
+
+#[test]
+fn a_holder_whose_reader_has_gone_gives_the_lock_back_and_ends_quietly() {
+    let (store, id) = (Store::new(), new_id());
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let answer = sessionctl(&["hold", &store.dsn(""), &id]).stdout(writer).stderr(Stdio::piped()).output().unwrap();
+    assert_eq!((answer.status.code(), answer.stderr.as_slice()), (Some(0), &b""[..]));
+    store.run_with("?wait=0ms", "incr", &[&id, "n"]).text();
+}
+
+#[test]
+fn a_store_that_has_no_files_left_to_open_ends_with_three() {
+    let (store, id) = (Store::new(), new_id());
+    store.run("incr", &[&id, "n"]).text();
+    // How many a process needs before it comes to the store is its own affair: too few are met at every step on the way.
+    let answers: Vec<_> = (8..40)
+        .map(|limit| {
+            let program = env!("CARGO_BIN_EXE_sessionctl");
+            let script = format!("ulimit -n {limit}; exec \"$@\"");
+            let command = ["-c", &script, "sh", program, "incr", &store.dsn(""), &id, "n"];
+            Answer::of(Command::new("sh").args(command).stdin(Stdio::null()).output().unwrap())
+        })
+        .collect();
+    for answer in &answers {
+        assert!([0, 2, 3].contains(&answer.status) && (answer.status == 0 || answer.stdout.is_empty()), "{answer:?}");
+    }
+    assert!(answers.iter().any(|answer| answer.status == 3), "{answers:?}");
+    let counted = answers.iter().filter(|answer| answer.status == 0).count();
+    assert_eq!(store.run("get", &[&id, "n"]).text(), (counted + 1).to_string());
 }
