@@ -76,6 +76,7 @@ pub fn cases() -> &'static [Case] {
             crate::cancel::CASES,
             crate::hostile::CASES,
             crate::admin::CASES,
+            crate::sessions::CASES,
             crate::processes::CASES,
         ];
         suites.concat()

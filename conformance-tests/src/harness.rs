@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use session_core::{Error, ErrorKind, Result, SessionHandler, SessionLock, WriteId};
+use session_core::{Error, ErrorKind, Result, SessionHandler, SessionLock, SessionsBuilder, WriteId};
 use tokio::task::JoinHandle;
 
 use crate::case;
@@ -78,6 +78,11 @@ pub trait Harness: Send + Sync + 'static {
     fn touch_rewrites(&self) -> bool {
         false
     }
+
+    /// Adds to the settings of a case what an application with this handler would add, such as a codec.
+    fn sessions(&self, settings: SessionsBuilder) -> SessionsBuilder {
+        settings
+    }
 }
 
 /// [`Harness`] as an object; every harness is one.
@@ -100,6 +105,8 @@ pub trait DynHarness: Send + Sync + 'static {
     fn dyn_leases_end(&self) -> bool;
     /// See [`Harness::touch_rewrites`].
     fn dyn_touch_rewrites(&self) -> bool;
+    /// See [`Harness::sessions`].
+    fn dyn_sessions(&self, settings: SessionsBuilder) -> SessionsBuilder;
 }
 
 impl<H: Harness> DynHarness for H {
@@ -137,6 +144,10 @@ impl<H: Harness> DynHarness for H {
 
     fn dyn_touch_rewrites(&self) -> bool {
         self.touch_rewrites()
+    }
+
+    fn dyn_sessions(&self, settings: SessionsBuilder) -> SessionsBuilder {
+        self.sessions(settings)
     }
 }
 
@@ -237,6 +248,11 @@ impl Env {
     #[must_use]
     pub fn touch_rewrites(&self) -> bool {
         self.harness.dyn_touch_rewrites()
+    }
+
+    /// See [`Harness::sessions`].
+    pub fn finish(&self, settings: SessionsBuilder) -> SessionsBuilder {
+        self.harness.dyn_sessions(settings)
     }
 
     /// Returns randomness that follows from the seed of this run and from `stream`.

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use session_core::{Result, SessionHandler, SessionLock};
+use session_core::{Result, SessionHandler, SessionLock, SessionsBuilder};
 
 use crate::harness::Harness;
 use crate::store::Store;
@@ -266,6 +266,12 @@ flaws! {
     UnlockAlwaysSaysYes,
     /// Lets the holder write on whose lock was broken and taken.
     UnlockLeavesHolderIn,
+    /// Lets any number queue.
+    QueueHasNoEnd,
+    /// Lets nobody queue.
+    QueueHoldsNobody,
+    /// Lets sessions live for ever if they are used.
+    NoAbsoluteEnd,
     /// Cannot have more than eight sessions open at the same time.
     EightOpeningsAtATime,
 }
@@ -315,5 +321,14 @@ impl Harness for Liar {
 
     fn strict_expiry(&self) -> bool {
         self.strict
+    }
+
+    fn sessions(&self, settings: SessionsBuilder) -> SessionsBuilder {
+        match self.flaw {
+            Flaw::QueueHasNoEnd => settings.queue(usize::MAX / 2),
+            Flaw::QueueHoldsNobody => settings.queue(0),
+            Flaw::NoAbsoluteEnd => settings.absolute_ttl(None),
+            _ => settings,
+        }
     }
 }

@@ -32,6 +32,7 @@
 //! | [`hostile_suite!`] | ids and payloads of strangers do no harm, and secrets are not shown |
 //! | [`admin_suite!`] | the store can be listed, and a lock can be broken |
 //! | [`lock_suite!`] | the store's lock can be used alone; the harness has to give one |
+//! | [`sessions_suite!`] | what an application gets from the handler through [`Sessions`](session_core::Sessions) |
 //! | [`processes_suite!`] | all of it across processes, some of them killed or stopped |
 //!
 //! Each case is a `#[test]` of its own name, says which guarantee was broken and what was seen instead, and names no backend.
@@ -47,6 +48,7 @@ mod cancel;
 mod case;
 mod children;
 mod expiry;
+pub mod faulty;
 mod fence;
 pub mod hammer;
 mod handler;
@@ -58,6 +60,7 @@ mod optimistic;
 pub mod processes;
 pub mod proxy;
 mod race;
+mod sessions;
 mod steps;
 mod store;
 

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use session_core::{
-    Change, Error, ErrorKind, Expect, OpenRequest, OpenSession, Record, Result, SessionHandler, SessionId, SessionLock, Ttl,
-    WriteId, Written,
+    Change, Error, ErrorKind, Expect, OpenRequest, OpenSession, Record, Result, SessionHandler, SessionId, SessionLock,
+    SessionsBuilder, Ttl, WriteId, Written,
 };
 use tokio::sync::mpsc;
 
@@ -143,6 +143,10 @@ impl<H: Harness> Harness for InTestBinary<H> {
 
     fn leases_end(&self) -> bool {
         self.harness.leases_end()
+    }
+
+    fn sessions(&self, settings: SessionsBuilder) -> SessionsBuilder {
+        self.harness.sessions(settings)
     }
 }
 

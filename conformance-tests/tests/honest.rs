@@ -11,6 +11,7 @@ conformance_tests::race_suite!(Liar::new(Flaw::None));
 conformance_tests::cancel_suite!(Liar::new(Flaw::None));
 conformance_tests::hostile_suite!(Liar::new(Flaw::None));
 conformance_tests::admin_suite!(Liar::new(Flaw::None));
+conformance_tests::sessions_suite!(Liar::new(Flaw::None));
 
 mod strict {
     use super::{Flaw, Liar};

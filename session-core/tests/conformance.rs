@@ -69,6 +69,7 @@ conformance_tests::optimistic_suite!(memory());
 conformance_tests::race_suite!(memory());
 conformance_tests::cancel_suite!(memory());
 conformance_tests::hostile_suite!(memory());
+conformance_tests::sessions_suite!(memory());
 conformance_tests::admin_suite!(memory());
 
 mod strict {
@@ -100,6 +101,7 @@ mod hash_ids {
     conformance_tests::race_suite!(hashed());
     conformance_tests::cancel_suite!(hashed());
     conformance_tests::hostile_suite!(hashed());
+    conformance_tests::sessions_suite!(hashed());
     conformance_tests::admin_suite!(hashed());
 }
 
@@ -117,6 +119,7 @@ mod observe {
     conformance_tests::race_suite!(observed());
     conformance_tests::cancel_suite!(observed());
     conformance_tests::hostile_suite!(observed());
+    conformance_tests::sessions_suite!(observed());
     conformance_tests::admin_suite!(observed());
 }
 
@@ -162,4 +165,5 @@ mod locked {
     conformance_tests::race_suite!(locked());
     conformance_tests::cancel_suite!(locked());
     conformance_tests::hostile_suite!(locked());
+    conformance_tests::sessions_suite!(locked());
 }
