@@ -18,7 +18,7 @@ use crate::queue::Queues;
 use crate::record::{Change, Record, WriteId};
 use crate::seal::{self, Purpose};
 use crate::session::Session;
-use crate::settings::{SessionsBuilder, Settings};
+use crate::settings::{MAX_LEASE, MAX_WAIT, MIN_LEASE, SessionsBuilder, Settings};
 use crate::ttl::Ttl;
 use crate::view::SessionView;
 
@@ -104,17 +104,18 @@ impl Sessions {
         Self { core: Arc::new(Core { handler, queues, janitor, settings }), wait, lease }
     }
 
-    /// Returns the same sessions with another wait, for a route that has its own.
+    /// Returns the same sessions with another wait, for a route that has its own; more than ten minutes count as ten.
     #[must_use]
     pub fn with_wait(mut self, wait: Duration) -> Self {
-        self.wait = wait;
+        self.wait = wait.min(MAX_WAIT);
         self
     }
 
-    /// Returns the same sessions with another lease, for a route that has its own.
+    /// Returns the same sessions with another lease, for a route that has its own, brought into the range of
+    /// [`SessionsBuilder::lease`].
     #[must_use]
     pub fn with_lease(mut self, lease: Duration) -> Self {
-        self.lease = lease.max(Duration::from_millis(10));
+        self.lease = lease.clamp(MIN_LEASE, MAX_LEASE);
         self
     }
 

@@ -10,6 +10,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::handler::SessionHandler;
 use crate::sessions::Sessions;
 
+pub(crate) const MAX_WAIT: Duration = Duration::from_secs(600);
+pub(crate) const MIN_LEASE: Duration = Duration::from_millis(10);
+pub(crate) const MAX_LEASE: Duration = Duration::from_secs(24 * 3600);
+
 /// The settings of a [`Sessions`](crate::Sessions), checked by [`build`](Self::build).
 ///
 /// Every default is meant for production.
@@ -75,13 +79,14 @@ impl SessionsBuilder {
         self
     }
 
-    /// Sets how long a lock lasts if this process dies; renewed at a third of it while a session is open. Default 30 s.
+    /// Sets how long a lock lasts if this process dies; renewed at a third of it while a session is open. 10 ms to
+    /// 24 hours; default 30 s.
     pub fn lease(mut self, lease: Duration) -> Self {
         self.settings.lease = lease;
         self
     }
 
-    /// Sets how long an open waits for the lock, the queue of this process included. Default 10 s.
+    /// Sets how long an open waits for the lock, the queue of this process included. At most 10 minutes; default 10 s.
     pub fn wait(mut self, wait: Duration) -> Self {
         self.settings.wait = wait;
         self
@@ -177,9 +182,8 @@ impl SessionsBuilder {
         };
         let year = Duration::from_secs(366 * 24 * 3600);
         refuse(settings.ttl >= Duration::from_millis(1) && settings.ttl <= year * 10, "ttl must be 1ms to ten years")?;
-        let lease_ok = settings.lease >= Duration::from_millis(10) && settings.lease <= Duration::from_secs(24 * 3600);
-        refuse(lease_ok, "lease must be 10ms to 24h")?;
-        refuse(settings.wait <= Duration::from_secs(600), "wait must be at most 10m")?;
+        refuse((MIN_LEASE..=MAX_LEASE).contains(&settings.lease), "lease must be 10ms to 24h")?;
+        refuse(settings.wait <= MAX_WAIT, "wait must be at most 10m")?;
         refuse(settings.max_hold >= settings.lease, "max_hold must be at least one lease")?;
         refuse((0.0..=1.0).contains(&settings.touch_after), "touch_after is a share, 0.0 to 1.0")?;
         refuse(settings.grace <= Duration::from_secs(300), "grace must be at most 5m")?;
