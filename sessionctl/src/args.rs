@@ -314,10 +314,10 @@ pub(crate) struct BenchArgs {
     #[arg(required = true, value_name = "DSN")]
     pub(crate) dsns: Vec<String>,
     /// Rounds; the medians over them are printed
-    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
+    #[arg(long, default_value_t = 21, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
     pub(crate) rounds: u32,
     /// How long each contender runs in each round
-    #[arg(long, default_value = "200ms", value_parser = duration, value_name = "DUR")]
+    #[arg(long, default_value = "70ms", value_parser = duration, value_name = "DUR")]
     pub(crate) round: Duration,
     /// Bytes in each session
     #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=1_048_576), value_name = "BYTES")]
