@@ -1,5 +1,6 @@
 //! What a store keeps for a session, and how a write says which state it is based on.
 
+use std::cell::RefCell;
 use std::fmt;
 
 use crate::error::Result;
@@ -45,9 +46,7 @@ impl WriteId {
     /// # Errors
     /// [`Unavailable`](crate::ErrorKind::Unavailable) if the operating system has no randomness to give.
     pub fn random() -> Result<Self> {
-        let mut bytes = [0; 16];
-        fill_random(&mut bytes)?;
-        Ok(Self(bytes))
+        POOL.with_borrow_mut(Pool::draw).map(Self)
     }
 
     /// Reads an id back from a store.
@@ -60,6 +59,33 @@ impl WriteId {
     #[must_use]
     pub const fn to_bytes(self) -> [u8; 16] {
         self.0
+    }
+}
+
+thread_local! {
+    static POOL: RefCell<Pool> = const { RefCell::new(Pool { bytes: [0; 512], at: 512, process: 0 }) };
+}
+
+/// Random bytes of the operating system, fetched for many write ids at once: a write id is no secret, and a call of its own
+/// costs as much as a tenth of a save to a file.
+struct Pool {
+    bytes: [u8; 512],
+    at: usize,
+    /// A forked child has a copy of what its parent will hand out, and must not.
+    process: u32,
+}
+
+impl Pool {
+    fn draw(&mut self) -> Result<[u8; 16]> {
+        let process = std::process::id();
+        if self.at == self.bytes.len() || self.process != process {
+            fill_random(&mut self.bytes)?;
+            (self.at, self.process) = (0, process);
+        }
+        let mut id = [0; 16];
+        id.copy_from_slice(&self.bytes[self.at..self.at + 16]);
+        self.at += 16;
+        Ok(id)
     }
 }
 
@@ -92,4 +118,24 @@ pub enum Written {
     Applied,
     /// An earlier call under the same [`WriteId`] had applied it; this one changed nothing.
     AlreadyApplied,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn write_ids_are_different_on_every_thread_and_across_refills() {
+        let draw = || (0..1000).map(|_| WriteId::random().unwrap()).collect::<Vec<_>>();
+        let threads: Vec<_> = (0..4).map(|_| std::thread::spawn(draw)).collect();
+        let ids: Vec<_> = threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect();
+        assert_eq!(ids.iter().collect::<HashSet<_>>().len(), 4000);
+    }
+
+    #[test]
+    fn a_pool_of_another_process_is_not_drawn_from() {
+        let mut pool = Pool { bytes: [7; 512], at: 0, process: std::process::id().wrapping_add(1) };
+        assert_ne!(pool.draw().unwrap(), [7; 16]);
+    }
 }
