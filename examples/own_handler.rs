@@ -205,7 +205,9 @@ async fn main() -> Result<()> {
 #[cfg(test)]
 mod conformance {
     use super::*;
-    use conformance_tests::{Harness, expiry_suite, fence_suite, handler_suite};
+    use conformance_tests::{
+        Harness, cancel_suite, expiry_suite, fence_suite, handler_suite, hostile_suite, optimistic_suite, race_suite,
+    };
 
     /// One shelf and one lock for each namespace.
     #[derive(Default)]
@@ -217,9 +219,18 @@ mod conformance {
             let (handler, lock) = shelves.entry(namespace.into()).or_default().clone();
             Ok(Arc::new(Locked::new(handler, lock)))
         }
+
+        /// [`Locked`] touches by rewriting.
+        fn touch_rewrites(&self) -> bool {
+            true
+        }
     }
 
     handler_suite!(Shelves::default());
     fence_suite!(Shelves::default());
     expiry_suite!(Shelves::default());
+    optimistic_suite!(Shelves::default());
+    race_suite!(Shelves::default());
+    cancel_suite!(Shelves::default());
+    hostile_suite!(Shelves::default());
 }

@@ -130,6 +130,11 @@ fn unknown(scheme: &str) -> Error {
 #[doc = include_str!("../docs/write-a-handler.md")]
 pub mod write_a_handler {}
 
+/// The programs of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 #[cfg(test)]
 mod tests {
     use super::*;
