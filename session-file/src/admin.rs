@@ -8,13 +8,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use nix::sys::stat::fstat;
 use session_core::{Cursor, Error, ErrorKind, LockInfo, Page, Result, SessionAdmin, SessionId, SessionInfo};
 
-use crate::dir::{Dir, Plain, Walk, fault};
+use crate::dir::{Dir, Plain, Walk, fault, stat};
 use crate::handler::FileHandler;
-use crate::io::{SessionFile, Store, load, now, run};
-use crate::layout::Header;
+use crate::io::{SessionFile, Store, load, now, read_head, run};
+use crate::layout::{HEADER, Header};
 use crate::lock::{holder, parse_lock};
 
 /// How many names a listing keeps in memory between two pages.
@@ -52,12 +51,15 @@ pub(crate) fn collect(store: &Arc<Store>, last: &Mutex<Option<Walk>>, limit: Non
 fn looks_dead(store: &Arc<Store>, id: &SessionId) -> Result<bool> {
     const OP: &str = "gc";
     let Some(file) = store.dir.open_file(&store.dir.name(id), false, OP)? else { return Ok(false) };
-    let stat = fstat(&file).map_err(|errno| fault(OP, errno))?;
+    let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
     if store.dir.judge(&stat, OP)? != Plain::Ours {
         return Ok(false);
     }
-    let mut head = [0; 8192];
-    let length = std::os::unix::fs::FileExt::read_at(&file, &mut head, 0).map_err(|cause| fault(OP, cause))?;
+    if stat.dead {
+        return Ok(true);
+    }
+    let mut head = [0; HEADER as usize];
+    let length = read_head(&file, &mut head).map_err(|cause| fault(OP, cause))?;
     let head = &head[..length];
     let Ok(header) = Header::decode(head) else { return Ok(false) };
     if header.dead || header.second.is_none() {
@@ -90,8 +92,8 @@ impl SessionAdmin for FileHandler {
         let (store, id) = (Arc::clone(&self.store), id.clone());
         let work = move || -> Result<bool> {
             let Some(file) = store.dir.open_file(&store.dir.name(&id), false, OP)? else { return Ok(false) };
-            let stat = fstat(&file).map_err(|errno| fault(OP, errno))?;
-            let held = store.dir.judge(&stat, OP)? == Plain::Ours && kernel_locks()?.0.contains_key(&stat.st_ino);
+            let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
+            let held = store.dir.judge(&stat, OP)? == Plain::Ours && kernel_locks()?.0.contains_key(&stat.inode);
             if !held {
                 return Ok(false);
             }
@@ -150,7 +152,7 @@ impl FileHandler {
             let file = self.store.dir.open_file(&self.store.dir.name(&id), false, "locks");
             let Ok(Some(file)) = file else { continue };
             let ours =
-                fstat(&file).is_ok_and(|stat| self.store.dir.judge(&stat, "locks").is_ok_and(|plain| plain == Plain::Ours));
+                stat(&file).is_ok_and(|stat| self.store.dir.judge(&stat, "locks").is_ok_and(|plain| plain == Plain::Ours));
             if ours {
                 let waiting = waiting.get(&inode).copied().unwrap_or_default();
                 locks.push(LockInfo::new(id, holder(&file, Duration::ZERO), None, Some(waiting)));
@@ -216,8 +218,8 @@ fn describe(store: &Store, name: &str, now: u64) -> Option<SessionInfo> {
     let (path, last) = name.rsplit_once('/').map_or(("", name), |(path, last)| (path, last));
     let id: SessionId = Dir::id_of(path, last)?;
     let file = store.dir.open_file(name, false, "list").ok()??;
-    let stat = fstat(&file).ok()?;
-    if store.dir.judge(&stat, "list").ok()? != Plain::Ours {
+    let stat = stat(&file).ok()?;
+    if stat.dead || store.dir.judge(&stat, "list").ok()? != Plain::Ours {
         return None;
     }
     let (record, _) = load(&file, false, "list").ok()?.live(now)?;

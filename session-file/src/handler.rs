@@ -2,13 +2,14 @@
 //!
 //! What stands in a file is not known here; see [`layout`](crate::layout).
 
+use std::borrow::Cow;
 use std::fmt;
+use std::fs::File;
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use nix::sys::stat::fstat;
 use session_core::{
     Access, Change, Error, ErrorKind, Expect, Held, OpenRequest, OpenSession, Record, Result, SessionAdmin, SessionHandler,
     SessionId, Ttl, WriteId, Written,
@@ -17,11 +18,12 @@ use tokio::time::Instant;
 
 use crate::admin;
 use crate::config::{Durability, FileConfig};
-use crate::dir::{Dir, Plain, Walk, fault};
+use crate::dir::{Dir, Plain, Walk, fault, stat};
 use crate::io::{
-    Manner, Opened, SMALL, SessionFile, Store, Turn, destroy, gone, load, mark_waiting, now, peek_absent, run, too_large,
+    Manner, Opened, SMALL, SessionFile, Store, Turn, destroy, gone, load, mark_waiting, now, peek_absent, pooled, run,
+    too_large,
 };
-use crate::lock::{FileLock, abandon, hold, timed_out, with_file};
+use crate::lock::{FileLock, abandon, hold, in_place, timed_out, with_file};
 use crate::wait::{Attempt, Watch, in_line};
 
 /// Keeps sessions in files, one each, under kernel locks. Cloning it is cheap.
@@ -30,6 +32,7 @@ use crate::wait::{Attempt, Watch, in_line};
 #[derive(Clone)]
 pub struct FileHandler {
     pub(crate) store: Arc<Store>,
+    lock: Arc<FileLock>,
     /// Where the last collection stopped.
     walk: Arc<Mutex<Option<Walk>>>,
     pub(crate) listing: Arc<Mutex<Option<admin::Listing>>>,
@@ -51,13 +54,14 @@ impl FileHandler {
     pub fn open_dir(config: FileConfig) -> Result<Self> {
         let dir = Arc::new(Dir::open(&config)?);
         let store = Arc::new(Store { dir, config, watch: Arc::<Watch>::default() });
-        Ok(Self { store, walk: Arc::default(), listing: Arc::default() })
+        let lock = Arc::new(FileLock::on(Arc::clone(&store)));
+        Ok(Self { store, lock, walk: Arc::default(), listing: Arc::default() })
     }
 
     /// Returns a lock on files of its own in the same directory, for [`Locked`](https://docs.rs/session-core) or on its own.
     #[must_use]
     pub fn lock(&self) -> FileLock {
-        FileLock::on(Arc::clone(&self.store))
+        FileLock::clone(&self.lock)
     }
 
     /// Returns the settings.
@@ -67,20 +71,25 @@ impl FileHandler {
     }
 
     async fn exclusive(&self, id: &SessionId, expect: Expect, wait: Duration, lease: Duration) -> Result<Opened> {
-        let (store, io) = (&self.store, self.store.config.io);
-        let until = Instant::now() + wait;
+        let io = self.store.config.io;
         let manner = Manner { existing: expect == Expect::Existing, lease, turn: Turn::Newcomer };
-        let open = {
-            let (store, id) = (Arc::clone(store), id.clone());
-            move |file, turn| SessionFile::open(&store, &id, file, Manner { turn, ..manner })
+        let attempt = if pooled(io, false) {
+            let (store, id) = (Arc::clone(&self.store), id.clone());
+            run(io, false, move || SessionFile::open(&store, &id, None, manner)).await??
+        } else {
+            SessionFile::open(&self.store, id, None, manner)?
         };
-        let first = open.clone();
-        let file = match run(io, false, move || first(None, Turn::Newcomer)).await?? {
-            Attempt::Done(opened) => return Ok(opened),
-            Attempt::Busy { file, .. } => file,
-        };
+        match attempt {
+            Attempt::Done(opened) => Ok(opened),
+            // Boxed, because few openers have to wait and all would carry the state for it.
+            Attempt::Busy { file, .. } => Box::pin(self.stand_in_line(id, file, manner, wait)).await,
+        }
+    }
+
+    async fn stand_in_line(&self, id: &SessionId, file: File, manner: Manner, wait: Duration) -> Result<Opened> {
+        let until = Instant::now() + wait;
         // Whoever expects a session need not wait for one that is not there any more.
-        let absent = move |file: &std::fs::File| (manner.existing && peek_absent(file)).then_some(None);
+        let absent = move |file: &File| (manner.existing && peek_absent(file)).then_some(None);
         if let Some(opened) = absent(&file) {
             return Ok(opened);
         }
@@ -88,16 +97,13 @@ impl FileHandler {
             return Err(timed_out("open", &file, wait));
         }
         mark_waiting(&file, now() + wait.as_millis() as u64);
-        let attempt = move |file| match open(Some(file), Turn::First)? {
+        let (store, id) = (Arc::clone(&self.store), id.clone());
+        let attempt = move |file| match SessionFile::open(&store, &id, Some(file), Manner { turn: Turn::First, ..manner })? {
             Attempt::Busy { file, .. } if absent(&file).is_some() => Ok(Attempt::Done(None)),
             attempt => Ok(attempt),
         };
-        let waited = in_line(&store.watch, io, file, until, attempt, absent).await?;
+        let waited = in_line(&self.store.watch, self.store.config.io, file, until, attempt, absent).await?;
         waited.map_err(|file| timed_out("open", &file, wait))
-    }
-
-    async fn peek(&self, id: &SessionId) -> Result<Option<(Record, WriteId)>> {
-        peek_at(&self.store, id).await
     }
 }
 
@@ -112,6 +118,7 @@ impl SessionHandler for FileHandler {
     async fn open(&self, id: &SessionId, request: &OpenRequest) -> Result<Box<dyn OpenSession>> {
         let mut session = FileSession {
             store: Arc::clone(&self.store),
+            lock: Arc::clone(&self.lock),
             id: id.clone(),
             request: *request,
             mode: Mode::Absent,
@@ -125,12 +132,12 @@ impl SessionHandler for FileHandler {
             (_, Expect::Fresh) => session.mode = Mode::Fresh,
             (Access::Exclusive { wait, lease }, expect) => {
                 if let Some((file, record)) = self.exclusive(id, expect, wait, lease).await? {
-                    session.mode = Mode::Held(hold(&self.store, id, file, lease)?);
+                    session.mode = Mode::Held(hold(&self.lock, id, file, lease)?);
                     session.fetched = Some(record.map(|(record, _)| record));
                 }
             }
             (access @ (Access::ReadOnly | Access::Optimistic), _) => {
-                let record = self.peek(id).await?;
+                let record = peek_at(&self.store, id).await?;
                 session.mode = if access == Access::ReadOnly { Mode::View } else { Mode::Optimistic };
                 session.base = record.as_ref().map(|(_, write)| *write);
                 session.fetched = Some(record.map(|(record, _)| record));
@@ -166,6 +173,7 @@ enum Mode {
 
 struct FileSession {
     store: Arc<Store>,
+    lock: Arc<FileLock>,
     id: SessionId,
     request: OpenRequest,
     mode: Mode,
@@ -192,18 +200,29 @@ impl fmt::Debug for FileSession {
     }
 }
 
-/// What is stored, and whether the opening goes on afterwards.
-#[derive(Clone)]
-enum Step {
-    Write(Vec<u8>, Ttl, WriteId),
+/// One change of a record.
+enum Step<'a> {
+    Write(Cow<'a, [u8]>, Ttl, WriteId),
     Touch(Ttl),
 }
 
-impl Step {
+impl Step<'_> {
+    fn write(record: &Record, id: WriteId) -> Step<'_> {
+        Step::Write(Cow::Borrowed(&record.data), record.ttl, id)
+    }
+
     fn apply(&self, file: &mut SessionFile) -> Result<Written> {
         match self {
             Self::Write(data, ttl, id) => file.write(data, *ttl, *id),
             Self::Touch(ttl) => file.touch(*ttl),
+        }
+    }
+
+    /// Makes one that can go to another thread.
+    fn into_owned(self) -> Step<'static> {
+        match self {
+            Self::Write(data, ttl, id) => Step::Write(Cow::Owned(data.into_owned()), ttl, id),
+            Self::Touch(ttl) => Step::Touch(ttl),
         }
     }
 
@@ -220,17 +239,30 @@ impl Step {
     }
 }
 
+/// Applies a step under the lock and keeps the file if the opening goes on.
+fn carry_out(step: &Step<'_>, mut file: Box<SessionFile>, last: bool) -> (Option<Box<SessionFile>>, Result<Written>) {
+    match step.apply(&mut file) {
+        Ok(written) => ((!last).then_some(file), Ok(written)),
+        Err(error) if error.kind().keeps_opening() => (Some(file), Err(error)),
+        Err(error) => {
+            file.bury();
+            (None, Err(error))
+        }
+    }
+}
+
 impl FileSession {
     /// Carries out one step in whatever mode the opening is, and closes afterwards if `last`.
-    async fn step(&mut self, step: Step, last: bool) -> Result<Written> {
+    async fn step(&mut self, step: Step<'_>, last: bool) -> Result<Written> {
         let op = if matches!(step, Step::Write(..)) { "write" } else { "touch" };
         if let Step::Write(data, ..) = &step {
             too_large(&self.store, data.len(), op)?;
         }
+        let write = step.write_id();
         let outcome = match &self.mode {
-            Mode::Held(_) => self.step_held(step.clone(), last).await,
-            Mode::Fresh => self.step_fresh(step.clone(), last, op).await,
-            Mode::Optimistic => self.step_optimistic(step.clone(), op).await,
+            Mode::Held(held) => self.step_held(held, step, last).await,
+            Mode::Fresh => self.step_fresh(step.into_owned(), last, op).await,
+            Mode::Optimistic => self.step_optimistic(step.into_owned(), op).await,
             Mode::View | Mode::Destroy => return Err(unsupported(op)),
             Mode::Absent => Err(gone(op)),
             Mode::Spent(Some(kind)) => return Err(Error::new(*kind, op, "this opening has ended with an error before")),
@@ -247,34 +279,31 @@ impl FileSession {
             }
             Err(error) if error.kind().keeps_opening() => {
                 if error.kind() == ErrorKind::Unknown {
-                    self.unsure = step.write_id();
+                    self.unsure = write;
                 }
                 Err(error)
             }
             Err(error) => {
                 self.mode = Mode::Spent(Some(error.kind()));
                 // It may have been applied, and overtaken since.
-                let unsure = self.unsure.is_some() && self.unsure == step.write_id();
+                let unsure = self.unsure.is_some() && self.unsure == write;
                 Err(if unsure { error.with_kind(ErrorKind::Unknown) } else { error })
             }
         }
     }
 
-    async fn step_held(&mut self, step: Step, last: bool) -> Result<Written> {
-        let Mode::Held(held) = &self.mode else { return Err(gone("write")) };
+    async fn step_held(&self, held: &Held, step: Step<'_>, last: bool) -> Result<Written> {
         let heavy = step.is_heavy(&self.store);
-        let done = with_file(&self.store, held, heavy, move |mut file| match step.apply(&mut file) {
-            Ok(written) => ((!last).then_some(file), Ok(written)),
-            Err(error) if error.kind().keeps_opening() => (Some(file), Err(error)),
-            Err(error) => {
-                file.bury();
-                (None, Err(error))
-            }
-        });
-        done.await?.unwrap_or_else(|| Err(gone("write")))
+        let outcome = if pooled(self.store.config.io, heavy) {
+            let step = step.into_owned();
+            with_file(&self.store, held, heavy, move |file| carry_out(&step, file, last)).await?
+        } else {
+            in_place(held, |file| carry_out(&step, file, last)).await
+        };
+        outcome.unwrap_or_else(|| Err(gone("write")))
     }
 
-    async fn step_fresh(&mut self, step: Step, last: bool, op: &'static str) -> Result<Written> {
+    async fn step_fresh(&mut self, step: Step<'static>, last: bool, op: &'static str) -> Result<Written> {
         let (store, id) = (Arc::clone(&self.store), self.id.clone());
         let Some(write) = step.write_id() else { return Err(gone(op)) };
         let lease = match self.request.access {
@@ -297,13 +326,13 @@ impl FileSession {
         let (written, file) = run(self.store.config.io, heavy, work).await??;
         self.base = Some(write);
         self.mode = match (file, lease) {
-            (Some(file), Some(lease)) => Mode::Held(hold(&self.store, &self.id, file, lease)?),
+            (Some(file), Some(lease)) => Mode::Held(hold(&self.lock, &self.id, file, lease)?),
             _ => Mode::Optimistic,
         };
         Ok(written)
     }
 
-    async fn step_optimistic(&mut self, step: Step, op: &'static str) -> Result<Written> {
+    async fn step_optimistic(&mut self, step: Step<'static>, op: &'static str) -> Result<Written> {
         let (store, id, base) = (Arc::clone(&self.store), self.id.clone(), self.base);
         let may_create = self.request.expect != Expect::Existing && base.is_none();
         let (heavy, write) = (step.is_heavy(&store), step.write_id());
@@ -374,7 +403,7 @@ impl OpenSession for FileSession {
     }
 
     async fn write(&mut self, record: &Record, id: WriteId) -> Result<Written> {
-        self.step(Step::Write(record.data.clone(), record.ttl, id), false).await
+        self.step(Step::write(record, id), false).await
     }
 
     async fn destroy(&mut self) -> Result<Option<Record>> {
@@ -406,7 +435,7 @@ impl OpenSession for FileSession {
 
     async fn save(&mut self, change: &Change, id: WriteId) -> Result<Written> {
         let outcome = match change {
-            Change::Write(record) => self.step(Step::Write(record.data.clone(), record.ttl, id), true).await,
+            Change::Write(record) => self.step(Step::write(record, id), true).await,
             Change::Touch(ttl) => self.step(Step::Touch(*ttl), true).await,
             Change::Destroy => self.destroy().await.map(|_| Written::Applied),
             Change::Nothing => return self.release().await.map(|()| Written::Applied),
@@ -441,8 +470,9 @@ async fn peek_at(store: &Arc<Store>, id: &SessionId) -> Result<Option<(Record, W
         let name = store.dir.name(&id);
         loop {
             let Some(file) = store.dir.open_file(&name, false, OP)? else { return Ok(None) };
-            let stat = fstat(&file).map_err(|errno| fault(OP, errno))?;
+            let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
             match store.dir.judge(&stat, OP)? {
+                Plain::Ours if stat.dead => return Ok(None),
                 Plain::Ours => return Ok(load(&file, false, OP)?.live(now())),
                 Plain::Foreign => return Ok(None),
                 Plain::Unlinked => {}

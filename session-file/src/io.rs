@@ -5,18 +5,17 @@
 use std::cell::RefCell;
 use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::resource::{Resource, getrlimit};
-use nix::sys::stat::fstat;
+use rustix::io::{pread, pwrite};
 use session_core::{Error, ErrorKind, Record, Result, SessionId, Ttl, WriteId, Written};
 
 use crate::config::{Durability, FileConfig, Io};
-use crate::dir::{Dir, Plain, fault};
+use crate::dir::{Dir, Plain, fault, mark_dead, stat};
 use crate::layout::{
     DEAD, DEAD_AT, ENTRY, Entry, FIRST_READ, FIXED, HEADER, HOLDER_AT, Header, Place, WAITING_AT, checksum, entry_at,
     first_sequence, place_payload,
@@ -97,13 +96,15 @@ impl Content {
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    /// What is read, always [`FIRST_READ`] long.
+    static HEAD: RefCell<Vec<u8>> = RefCell::new(vec![0; FIRST_READ]);
+    /// What is written.
+    static TAIL: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Reads the state of a file. Without the lock a write may be going on.
 pub(crate) fn load(file: &File, locked: bool, op: &'static str) -> Result<Content> {
-    SCRATCH.with_borrow_mut(|buffer| {
-        buffer.resize(FIRST_READ, 0);
+    HEAD.with_borrow_mut(|buffer| {
         let mut flawed = 0;
         for _ in 0..READ_AGAIN {
             let length = read_head(file, buffer).map_err(|cause| fault(op, cause))?;
@@ -190,11 +191,11 @@ fn payload(file: &File, bytes: &[u8], entry: &Entry) -> io::Result<Option<Vec<u8
 }
 
 /// Reads the head of a file. A regular file answers short only at its end, so there is no second call to make sure.
-fn read_head(file: &File, bytes: &mut [u8]) -> io::Result<usize> {
+pub(crate) fn read_head(file: &File, bytes: &mut [u8]) -> io::Result<usize> {
     loop {
-        match file.read_at(bytes, 0) {
-            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
-            answer => return answer,
+        match pread(file, &mut *bytes, 0) {
+            Err(rustix::io::Errno::INTR) => {}
+            answer => return Ok(answer?),
         }
     }
 }
@@ -202,14 +203,27 @@ fn read_head(file: &File, bytes: &mut [u8]) -> io::Result<usize> {
 fn read_at(file: &File, bytes: &mut [u8], at: u64) -> io::Result<usize> {
     let mut done = 0;
     while done < bytes.len() {
-        match file.read_at(&mut bytes[done..], at + done as u64) {
+        match pread(file, &mut bytes[done..], at + done as u64) {
             Ok(0) => break,
             Ok(n) => done += n,
-            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
-            Err(cause) => return Err(cause),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(cause) => return Err(cause.into()),
         }
     }
     Ok(done)
+}
+
+pub(crate) fn write_at(file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match pwrite(file, &bytes[done..], at + done as u64) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => done += n,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(cause) => return Err(cause.into()),
+        }
+    }
+    Ok(())
 }
 
 /// An open session file whose lock is ours, until it is dropped.
@@ -231,6 +245,8 @@ pub(crate) struct SessionFile {
     since: u64,
     /// Whether the holder line is written.
     signed: bool,
+    /// Whether somebody may be waiting.
+    contended: bool,
 }
 
 /// What an opener with a lock found.
@@ -292,7 +308,7 @@ impl SessionFile {
                 },
             };
             let free = try_lock(&file, OP)?;
-            let stat = fstat(&file).map_err(|errno| fault(OP, errno))?;
+            let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
             match dir.judge(&stat, OP)? {
                 Plain::Ours => {}
                 Plain::Unlinked => {
@@ -310,17 +326,17 @@ impl SessionFile {
             if !free {
                 return Ok(Attempt::Busy { file, moved });
             }
-            let size = stat.st_size as u64;
-            let content = if size == 0 { Content::NEW } else { load(&file, true, OP)? };
+            let size = stat.size;
+            let mut content = if size == 0 { Content::NEW } else { load(&file, true, OP)? };
+            content.header.dead |= stat.dead;
             let now = now();
             if manner.turn == Turn::Newcomer && content.header.waiting > now && wait::line(&file) {
                 // Closing is what wakes them; then this opener stands in line himself.
                 drop(file);
-                match dir.open_file(&name, true, OP)? {
-                    Some(file) if dir.judge(&fstat(&file).map_err(|errno| fault(OP, errno))?, OP)? == Plain::Ours => {
-                        return Ok(Attempt::Busy { file, moved: true });
-                    }
-                    _ => continue,
+                let Some(file) = dir.open_file(&name, true, OP)? else { continue };
+                match crate::dir::stat(&file).map_err(|cause| fault(OP, cause)).and_then(|stat| dir.judge(&stat, OP))? {
+                    Plain::Ours => return Ok(Attempt::Busy { file, moved: true }),
+                    Plain::Unlinked | Plain::Foreign => continue,
                 }
             }
             if manner.turn == Turn::First {
@@ -349,6 +365,7 @@ impl SessionFile {
                 stale: false,
                 since: now,
                 signed: false,
+                contended: manner.turn != Turn::Newcomer || content.header.waiting > now,
             });
             if manner.turn == Turn::First {
                 // Where one waited, others may be waiting who want to know for whom.
@@ -377,15 +394,15 @@ impl SessionFile {
             if !try_lock(&file, OP)? {
                 return Ok(None);
             }
-            let stat = fstat(&file).map_err(|errno| fault(OP, errno))?;
-            if stat.st_nlink == 0 {
+            let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
+            if stat.links == 0 {
                 continue;
             }
             return Ok(Some(Box::new(Self {
                 store: Arc::clone(store),
                 id: id.clone(),
                 file,
-                size: stat.st_size as u64,
+                size: stat.size,
                 second: None,
                 current: None,
                 settled: true,
@@ -394,6 +411,7 @@ impl SessionFile {
                 stale: false,
                 since: now(),
                 signed: false,
+                contended: false,
             })));
         }
         Err(Error::new(ErrorKind::Unavailable, OP, "a new session file was taken away again and again"))
@@ -492,16 +510,20 @@ impl SessionFile {
         const OP: &str = "gc";
         let name = store.dir.name(id);
         let Some(file) = store.dir.open_file(&name, true, OP)? else { return Ok(None) };
-        let stat = fstat(&file).map_err(|errno| fault(OP, errno))?;
-        if store.dir.judge(&stat, OP)? != Plain::Ours || !try_lock(&file, OP)? {
+        if !try_lock(&file, OP)? {
+            return Ok(None);
+        }
+        let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
+        if store.dir.judge(&stat, OP)? != Plain::Ours {
             return Ok(None);
         }
         // Only now is what it says final.
-        let content = load(&file, true, OP)?;
+        let mut content = load(&file, true, OP)?;
+        content.header.dead |= stat.dead;
         let forgotten = match content.current {
             _ if content.header.dead => true,
             Some((entry, _)) => now() >= entry.deadline,
-            None => is_forgotten(&stat),
+            None => is_forgotten(&file),
         };
         let removed = forgotten && store.dir.unlink(&name, &file, OP)?;
         let _ = file.unlock();
@@ -517,7 +539,7 @@ impl SessionFile {
         let unknown = |error: Error| error.with_kind(ErrorKind::Unknown);
         if durability >= Durability::Data && self.current.is_some() {
             // A removed name may come back after a power cut; the dead byte does not go again.
-            self.file.write_all_at(&[DEAD], DEAD_AT).map_err(|cause| unknown(fault(op, cause)))?;
+            write_at(&self.file, &[DEAD], DEAD_AT).map_err(|cause| unknown(fault(op, cause)))?;
             self.file.sync_data().map_err(|cause| unknown(fault(op, cause)))?;
         }
         let name = dir.name(&self.id);
@@ -536,7 +558,7 @@ impl SessionFile {
             let mut line = [0; 16];
             line[..8].copy_from_slice(&u64::from(std::process::id()).to_le_bytes());
             line[8..].copy_from_slice(&self.since.to_le_bytes());
-            let _ = self.file.write_all_at(&line, HOLDER_AT);
+            let _ = write_at(&self.file, &line, HOLDER_AT);
         }
     }
 
@@ -552,9 +574,11 @@ impl SessionFile {
     }
 
     fn reload(&mut self, op: &'static str) -> Result<Content> {
-        let content = load(&self.file, true, op)?;
+        let mut content = load(&self.file, true, op)?;
         (self.second, self.current, self.settled) = (content.header.second, content.current, content.settled);
-        self.size = self.file.metadata().map_err(|cause| fault(op, cause))?.len();
+        let stat = stat(&self.file).map_err(|cause| fault(op, cause))?;
+        self.size = stat.size;
+        content.header.dead |= stat.dead;
         self.stale = false;
         Ok(content)
     }
@@ -592,7 +616,7 @@ impl SessionFile {
             }
             // From here on nothing may fall back to the old entry, and the next writer need not wonder.
             let second = self.second.unwrap_or(HEADER);
-            self.settled = was_settled || self.file.write_all_at(&[0; 8], entry_at(target.other(), second)).is_ok();
+            self.settled = was_settled || write_at(&self.file, &[0; 8], entry_at(target.other(), second)).is_ok();
         } else {
             self.settled = was_settled;
         }
@@ -623,14 +647,14 @@ impl SessionFile {
         // In one call only where nothing has to be reserved: a full disk must not leave an entry without its payload.
         let joined = behind && (end <= self.size || self.second.is_none());
         if joined && data.len() <= SMALL {
-            SCRATCH.with_borrow_mut(|buffer| {
+            TAIL.with_borrow_mut(|buffer| {
                 buffer.clear();
                 buffer.extend_from_slice(&entry.encode());
                 buffer.extend_from_slice(data);
-                self.file.write_all_at(buffer, offset - ENTRY)
+                write_at(&self.file, buffer, offset - ENTRY)
             })
         } else {
-            self.file.write_all_at(data, offset)
+            write_at(&self.file, data, offset)
         }
         .map_err(|cause| self.refused(cause, op))?;
         if !(joined && data.len() <= SMALL) {
@@ -649,7 +673,7 @@ impl SessionFile {
         if at + ENTRY > self.size {
             within_limit(at + ENTRY, op)?;
         }
-        self.file.write_all_at(&entry.encode(), at).map_err(|cause| {
+        write_at(&self.file, &entry.encode(), at).map_err(|cause| {
             let error = fault(op, cause);
             let full = error.kind() == ErrorKind::Unavailable && is_full(&error);
             if full { error } else { error.with_kind(ErrorKind::Unknown) }
@@ -662,10 +686,10 @@ impl SessionFile {
     fn begin(&mut self, second: u64, op: &'static str) -> Result<()> {
         if self.size > 0 {
             // A power cut may have left an entry without a header.
-            self.file.write_all_at(&[0; ENTRY as usize], second).map_err(|cause| self.refused(cause, op))?;
+            write_at(&self.file, &[0; ENTRY as usize], second).map_err(|cause| self.refused(cause, op))?;
         }
         let fixed: [u8; FIXED] = Header::fixed(second);
-        self.file.write_all_at(&fixed, 0).map_err(|cause| self.refused(cause, op))?;
+        write_at(&self.file, &fixed, 0).map_err(|cause| self.refused(cause, op))?;
         self.second = Some(second);
         Ok(())
     }
@@ -703,17 +727,13 @@ impl SessionFile {
 
     /// Whether the file is still the one that holds the session.
     fn check(&self, op: &'static str) -> Result<()> {
-        let mut dead = [0];
-        let unknown = |error: Error| error.with_kind(ErrorKind::Unknown);
-        let read = self.file.read_at(&mut dead, DEAD_AT).map_err(|cause| unknown(fault(op, cause)))?;
-        let stat = fstat(&self.file).map_err(|errno| unknown(fault(op, errno)))?;
-        if read == 1 && dead[0] == DEAD || stat.st_nlink == 0 { Err(gone(op)) } else { Ok(()) }
+        let stat = stat(&self.file).map_err(|cause| fault(op, cause).with_kind(ErrorKind::Unknown))?;
+        if stat.dead || stat.links == 0 { Err(gone(op)) } else { Ok(()) }
     }
 
     /// Removes the file if it was destroyed under its holder, who is the owner of the lock.
     pub(crate) fn bury(&self) {
-        let mut dead = [0];
-        if self.file.read_at(&mut dead, DEAD_AT).is_ok_and(|read| read == 1 && dead[0] == DEAD) {
+        if stat(&self.file).is_ok_and(|stat| stat.dead) {
             let _ = self.store.dir.unlink(&self.store.dir.name(&self.id), &self.file, "close");
         }
     }
@@ -724,8 +744,11 @@ impl Drop for SessionFile {
         if self.empty {
             let _ = self.store.dir.unlink(&self.store.dir.name(&self.id), &self.file, "close");
         }
-        // Before the file is closed, because closing is what wakes the waiters.
-        let _ = self.file.unlock();
+        if self.contended {
+            // Before the file is closed, because closing is what wakes the waiters. Without it the kernel unlocks right after it
+            // has told them, which the first to wait makes up for by looking twice.
+            let _ = self.file.unlock();
+        }
     }
 }
 
@@ -741,31 +764,31 @@ pub(crate) fn destroy(store: &Arc<Store>, id: &SessionId) -> Result<Option<Recor
             Attempt::Done(Some((file, _))) => return file.destroy(),
             Attempt::Busy { file, .. } => file,
         };
-        let before = load(&file, false, OP);
-        if before.as_ref().is_ok_and(|content| content.header.dead) {
+        let before = stat(&file).map_err(|cause| fault(OP, cause))?;
+        if before.dead {
             return Ok(None);
         }
-        within_limit(DEAD_AT + 1, OP)?;
-        file.write_all_at(&[DEAD], DEAD_AT).map_err(unknown)?;
+        mark_dead(&file).map_err(unknown)?;
+        // Read after the mark, which every write asks for when it is done: what was answered with success is in here.
         let after = load(&file, false, OP);
-        if store.config.durability >= Durability::Data {
-            file.sync_data().map_err(unknown)?;
+        if before.size >= HEADER {
+            write_at(&file, &[DEAD], DEAD_AT).map_err(unknown)?;
+            if store.config.durability >= Durability::Data {
+                file.sync_data().map_err(unknown)?;
+            }
         }
         if try_lock(&file, OP)? {
             dir.unlink(&name, &file, OP).map_err(|error| error.with_kind(ErrorKind::Unknown))?;
             let _ = file.unlock();
         }
-        let stat = fstat(&file).map_err(|errno| fault(OP, errno))?;
+        let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
         let removed = match after {
-            Ok(mut content) => {
-                content.header.dead = false;
-                content.live(now()).map(|(record, _)| record)
-            }
+            Ok(content) => content.live(now()).map(|(record, _)| record),
             Err(error) if error.kind() == ErrorKind::Corrupt => None,
             Err(error) => return Err(error),
         };
         // The holder may have removed the file himself, and somebody may have begun anew.
-        if stat.st_nlink == 0 && removed.is_none() {
+        if stat.links == 0 && removed.is_none() {
             continue;
         }
         return Ok(removed);
@@ -783,8 +806,9 @@ pub(crate) fn try_lock(file: &File, op: &'static str) -> Result<bool> {
 }
 
 /// Whether a file that nobody has written yet is old enough that nobody will.
-fn is_forgotten(stat: &nix::sys::stat::FileStat) -> bool {
-    now() / 1000 > stat.st_mtime.unsigned_abs() + FORGOTTEN.as_secs()
+fn is_forgotten(file: &File) -> bool {
+    let changed = file.metadata().and_then(|meta| meta.modified());
+    changed.is_ok_and(|changed| changed.elapsed().is_ok_and(|age| age > FORGOTTEN))
 }
 
 /// Whether a file that somebody else holds has no record that lives.
@@ -795,7 +819,7 @@ pub(crate) fn peek_absent(file: &File) -> bool {
 /// Tells later openers that somebody may stand in line until then. Only a hint: nothing but fairness depends on it.
 pub(crate) fn mark_waiting(file: &File, until: u64) {
     if file.metadata().is_ok_and(|meta| meta.len() >= HEADER) {
-        let _ = file.write_all_at(&until.to_le_bytes(), WAITING_AT);
+        let _ = write_at(file, &until.to_le_bytes(), WAITING_AT);
     }
 }
 

@@ -3,21 +3,19 @@
 //! A kernel lock has no lease: it ends when its holder lets go or his process ends, never before, however long he is stopped.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use nix::sys::stat::fstat;
 use session_core::{Error, ErrorKind, Held, Holder, Lease, LeaseRequest, LeaseToken, Result, SessionId, SessionLock};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::config::FileConfig;
-use crate::dir::{Dir, Plain, fault};
-use crate::io::{SessionFile, Store, gone, mark_waiting, now, pooled, run, try_lock};
+use crate::dir::{Dir, Plain, fault, stat};
+use crate::io::{SessionFile, Store, gone, mark_waiting, now, pooled, read_head, run, try_lock, write_at};
 use crate::layout::{HEADER, HOLDER_AT, Header};
 use crate::wait::{self, Attempt, Watch};
 
@@ -152,9 +150,25 @@ impl Grip {
 }
 
 /// Makes the lease of an opened session.
-pub(crate) fn hold(store: &Arc<Store>, id: &SessionId, file: Box<SessionFile>, length: Duration) -> Result<Held> {
+pub(crate) fn hold(lock: &Arc<FileLock>, id: &SessionId, file: Box<SessionFile>, length: Duration) -> Result<Held> {
     let lease = Lease::new(id.clone(), next_token()?, length).after_clean_release(true).with_state(Grip::Idle(file));
-    Ok(Held { lease: Arc::new(lease), lock: Arc::new(FileLock::on(Arc::clone(store))) })
+    Ok(Held { lease: Arc::new(lease), lock: Arc::<FileLock>::clone(lock) })
+}
+
+/// Runs `work` in place on the file of a lease; `None` if there is none any more.
+pub(crate) async fn in_place<R>(
+    held: &Held,
+    work: impl FnOnce(Box<SessionFile>) -> (Option<Box<SessionFile>>, R),
+) -> Option<R> {
+    // Nearly always free: only a renewal can be using it.
+    let mut state = match held.lease.state().try_lock() {
+        Ok(state) => state,
+        Err(_) => held.lease.state().lock().await,
+    };
+    let grip = state.downcast_mut::<Grip>().expect("the handler put a grip into each of its leases");
+    let (file, result) = work(grip.take().await?);
+    *grip = file.map_or(Grip::Empty, Grip::Idle);
+    Some(result)
 }
 
 /// Runs `work` on the file of a lease; `None` if there is none any more. Where it runs on the blocking pool, it runs to its end
@@ -165,14 +179,12 @@ pub(crate) async fn with_file<R: Send + 'static>(
     heavy: bool,
     work: impl FnOnce(Box<SessionFile>) -> (Option<Box<SessionFile>>, R) + Send + 'static,
 ) -> Result<Option<R>> {
+    if !pooled(store.config.io, heavy) {
+        return Ok(in_place(held, work).await);
+    }
     let mut state = held.lease.state().lock().await;
     let grip = state.downcast_mut::<Grip>().expect("the handler put a grip into each of its leases");
     let Some(file) = grip.take().await else { return Ok(None) };
-    if !pooled(store.config.io, heavy) {
-        let (file, result) = work(file);
-        *grip = file.map_or(Grip::Empty, Grip::Idle);
-        return Ok(Some(result));
-    }
     let (answer, answered) = oneshot::channel();
     *grip = Grip::Busy(tokio::task::spawn_blocking(move || {
         let (file, result) = work(file);
@@ -195,9 +207,9 @@ pub(crate) fn timed_out(op: &'static str, file: &File, waited: Duration) -> Erro
 /// wrote one, and otherwise at least as long as we have waited.
 pub(crate) fn holder(file: &File, waited: Duration) -> Option<Holder> {
     let mut head = [0; HEADER as usize];
-    let length = file.read_at(&mut head, 0).ok()?;
+    let length = read_head(file, &mut head).ok()?;
     let line = Header::decode(&head[..length]).ok();
-    let pid = fstat(file).ok().and_then(|stat| lockers(stat.st_ino).first().copied());
+    let pid = stat(file).ok().and_then(|stat| lockers(stat.inode).first().copied());
     let pid = pid.or_else(|| line.map(|line| line.holder).filter(|pid| *pid != 0))?;
     let since = match line.filter(|line| line.holder == pid) {
         Some(line) => UNIX_EPOCH + Duration::from_millis(line.since),
@@ -280,7 +292,7 @@ impl LockFile {
             };
             let Some(file) = found else { continue };
             let free = try_lock(&file, OP)?;
-            let stat = fstat(&file).map_err(|errno| fault(OP, errno))?;
+            let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
             match dir.judge(&stat, OP)? {
                 Plain::Ours if dir.is_named(name, &stat) => {}
                 Plain::Ours | Plain::Unlinked => {
@@ -295,7 +307,7 @@ impl LockFile {
                 return Ok(Attempt::Busy { file, moved });
             }
             let mut head = [0; HEADER as usize];
-            file.read_at(&mut head, 0).map_err(|cause| fault(OP, cause))?;
+            read_head(&file, &mut head).map_err(|cause| fault(OP, cause))?;
             let waiting = Header::decode(&head).map_or(0, |header| header.waiting);
             if !turn && waiting > now() && wait::line(&file) {
                 drop(file);
@@ -312,20 +324,20 @@ impl LockFile {
             let at = HOLDER_AT as usize;
             head[at..at + 8].copy_from_slice(&u64::from(std::process::id()).to_le_bytes());
             head[at + 8..at + 16].copy_from_slice(&now().to_le_bytes());
-            file.write_all_at(&head, 0).map_err(|cause| fault(OP, cause))?;
+            write_at(&file, &head, 0).map_err(|cause| fault(OP, cause))?;
             return Ok(Attempt::Done(Self { store: Arc::clone(store), name: name.to_owned(), file, clean }));
         }
         Err(Error::new(ErrorKind::Unavailable, OP, "lock files came and went under the name"))
     }
 
     fn is_there(&self) -> Result<bool> {
-        fstat(&self.file).map(|stat| stat.st_nlink > 0).map_err(|errno| fault("renew", errno))
+        stat(&self.file).map(|stat| stat.links > 0).map_err(|cause| fault("renew", cause))
     }
 
     fn release(self) {
         // Those who stand in line stand in line for this file. If nothing can be done about it, the next holder takes this for
         // an unclean end, which costs him a write.
-        let kept = wait::line(&self.file) && self.file.write_all_at(&[RELEASED], STATE_AT as u64).is_ok();
+        let kept = wait::line(&self.file) && write_at(&self.file, &[RELEASED], STATE_AT as u64).is_ok();
         if !kept {
             let _ = self.store.dir.unlink(&self.name, &self.file, "release");
         }
