@@ -142,7 +142,10 @@ impl Dir {
         let opened = self.openat(&self.fd(), name, access, FileMode::empty());
         match opened {
             Ok(fd) => Ok(Some(File::from(fd))),
-            Err(Errno::ENOENT) => self.still_there(op).map(|_| None),
+            Err(Errno::ENOENT) => match self.opened_anew(op)? {
+                true => self.open_file(name, write, op),
+                false => Ok(None),
+            },
             Err(errno) => {
                 // Somebody else's file may well be closed to us; then it is a plant and no fault of the configuration.
                 match stat_at(&self.fd(), name).map(|stat| self.judge(&stat, op)) {
@@ -165,7 +168,7 @@ impl Dir {
                 Err(Errno::EEXIST) => return Ok(None),
                 Err(Errno::ENOENT) if !retried => {
                     retried = true;
-                    if !self.still_there(op)? {
+                    if !self.opened_anew(op)? {
                         self.make_parents(name).map_err(|errno| fault(op, errno))?;
                     }
                 }
@@ -278,8 +281,9 @@ impl Dir {
         }
     }
 
-    /// Finds out, when a name was not found, whether the directory itself is gone. Says whether it was opened anew.
-    fn still_there(&self, op: &'static str) -> Result<bool> {
+    /// Finds out, when a name was not found, whether the directory itself is gone, and opens what stands in its place; says
+    /// whether it did.
+    fn opened_anew(&self, op: &'static str) -> Result<bool> {
         let gone = stat(&*self.fd()).map_err(|cause| fault(op, cause))?.links == 0;
         if gone {
             // "No such session" would be wrong: the store does not answer.

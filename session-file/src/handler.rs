@@ -117,7 +117,6 @@ impl fmt::Debug for FileHandler {
 impl SessionHandler for FileHandler {
     async fn open(&self, id: &SessionId, request: &OpenRequest) -> Result<Box<dyn OpenSession>> {
         let mut session = FileSession {
-            store: Arc::clone(&self.store),
             lock: Arc::clone(&self.lock),
             id: id.clone(),
             request: *request,
@@ -172,7 +171,6 @@ enum Mode {
 }
 
 struct FileSession {
-    store: Arc<Store>,
     lock: Arc<FileLock>,
     id: SessionId,
     request: OpenRequest,
@@ -256,7 +254,7 @@ impl FileSession {
     async fn step(&mut self, step: Step<'_>, last: bool) -> Result<Written> {
         let op = if matches!(step, Step::Write(..)) { "write" } else { "touch" };
         if let Step::Write(data, ..) = &step {
-            too_large(&self.store, data.len(), op)?;
+            too_large(&self.lock.store, data.len(), op)?;
         }
         let write = step.write_id();
         let outcome = match &self.mode {
@@ -293,10 +291,10 @@ impl FileSession {
     }
 
     async fn step_held(&self, held: &Held, step: Step<'_>, last: bool) -> Result<Written> {
-        let heavy = step.is_heavy(&self.store);
-        let outcome = if pooled(self.store.config.io, heavy) {
+        let heavy = step.is_heavy(&self.lock.store);
+        let outcome = if pooled(self.lock.store.config.io, heavy) {
             let step = step.into_owned();
-            with_file(&self.store, held, heavy, move |file| carry_out(&step, file, last)).await?
+            with_file(&self.lock.store, held, heavy, move |file| carry_out(&step, file, last)).await?
         } else {
             in_place(held, |file| carry_out(&step, file, last)).await
         };
@@ -304,7 +302,7 @@ impl FileSession {
     }
 
     async fn step_fresh(&mut self, step: Step<'static>, last: bool, op: &'static str) -> Result<Written> {
-        let (store, id) = (Arc::clone(&self.store), self.id.clone());
+        let (store, id) = (Arc::clone(&self.lock.store), self.id.clone());
         let Some(write) = step.write_id() else { return Err(gone(op)) };
         let lease = match self.request.access {
             Access::Exclusive { lease, .. } if !last => Some(lease),
@@ -323,7 +321,7 @@ impl FileSession {
             let written = step.apply(&mut file)?;
             Ok((written, lease.is_some().then_some(file)))
         };
-        let (written, file) = run(self.store.config.io, heavy, work).await??;
+        let (written, file) = run(self.lock.store.config.io, heavy, work).await??;
         self.base = Some(write);
         self.mode = match (file, lease) {
             (Some(file), Some(lease)) => Mode::Held(hold(&self.lock, &self.id, file, lease)?),
@@ -333,7 +331,7 @@ impl FileSession {
     }
 
     async fn step_optimistic(&mut self, step: Step<'static>, op: &'static str) -> Result<Written> {
-        let (store, id, base) = (Arc::clone(&self.store), self.id.clone(), self.base);
+        let (store, id, base) = (Arc::clone(&self.lock.store), self.id.clone(), self.base);
         let may_create = self.request.expect != Expect::Existing && base.is_none();
         let (heavy, write) = (step.is_heavy(&store), step.write_id());
         let work = move || -> Result<Written> {
@@ -354,14 +352,14 @@ impl FileSession {
             }
             step.apply(&mut file)
         };
-        let written = run(self.store.config.io, heavy, work).await??;
+        let written = run(self.lock.store.config.io, heavy, work).await??;
         self.base = write.or(base);
         Ok(written)
     }
 
     async fn release(&mut self) -> Result<()> {
         if let Mode::Held(held) = &self.mode {
-            with_file(&self.store, held, false, |file| {
+            with_file(&self.lock.store, held, false, |file| {
                 drop(file);
                 (None, ())
             })
@@ -387,7 +385,7 @@ impl OpenSession for FileSession {
             Mode::Fresh | Mode::Absent => Ok(None),
             _ if fetched.is_some() => Ok(fetched.flatten()),
             Mode::Held(held) => {
-                let read = with_file(&self.store, held, false, |mut file| {
+                let read = with_file(&self.lock.store, held, false, |mut file| {
                     let record = file.read();
                     (Some(file), record)
                 });
@@ -395,7 +393,7 @@ impl OpenSession for FileSession {
                 Ok(record.map(|(record, _)| record))
             }
             Mode::View | Mode::Optimistic => {
-                let record = peek_at(&self.store, &self.id).await?;
+                let record = peek_at(&self.lock.store, &self.id).await?;
                 self.base = record.as_ref().map(|(_, write)| *write);
                 Ok(record.map(|(record, _)| record))
             }
@@ -413,16 +411,16 @@ impl OpenSession for FileSession {
             Mode::Spent(None) => return Err(Error::new(ErrorKind::Gone, OP, "this opening is closed")),
             _ => {}
         }
-        let heavy = self.store.config.durability >= Durability::Data;
+        let heavy = self.lock.store.config.durability >= Durability::Data;
         self.fetched = None;
         let mode = std::mem::replace(&mut self.mode, Mode::Absent);
         if let Mode::Held(held) = mode
-            && let Some(removed) = with_file(&self.store, &held, heavy, |file| (None, file.destroy())).await?
+            && let Some(removed) = with_file(&self.lock.store, &held, heavy, |file| (None, file.destroy())).await?
         {
             return removed;
         }
-        let (store, id) = (Arc::clone(&self.store), self.id.clone());
-        run(self.store.config.io, heavy, move || destroy(&store, &id)).await?
+        let (store, id) = (Arc::clone(&self.lock.store), self.id.clone());
+        run(self.lock.store.config.io, heavy, move || destroy(&store, &id)).await?
     }
 
     async fn close(&mut self) -> Result<()> {

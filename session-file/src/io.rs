@@ -759,10 +759,12 @@ pub(crate) fn destroy(store: &Arc<Store>, id: &SessionId) -> Result<Option<Recor
     let name = dir.name(id);
     let unknown = |cause: io::Error| fault(OP, cause).with_kind(ErrorKind::Unknown);
     for _ in 0..OPEN_AGAIN {
-        let file = match SessionFile::open(store, id, None, Manner::PASSING)? {
-            Attempt::Done(None) => return Ok(None),
-            Attempt::Done(Some((file, _))) => return file.destroy(),
-            Attempt::Busy { file, .. } => file,
+        let file = match SessionFile::open(store, id, None, Manner::PASSING) {
+            Ok(Attempt::Done(None)) => return Ok(None),
+            Ok(Attempt::Done(Some((file, _)))) => return file.destroy(),
+            Ok(Attempt::Busy { file, .. }) => file,
+            Err(error) if error.kind() == ErrorKind::Corrupt && remove_damaged(store, &name)? => return Ok(None),
+            Err(error) => return Err(error),
         };
         let before = stat(&file).map_err(|cause| fault(OP, cause))?;
         if before.dead {
@@ -794,6 +796,20 @@ pub(crate) fn destroy(store: &Arc<Store>, id: &SessionId) -> Result<Option<Recor
         return Ok(removed);
     }
     Err(Error::new(ErrorKind::Unknown, OP, "session files came and went under the name"))
+}
+
+/// Removes a file of ours in which no entry is whole: damage must not keep a logout from removing it. Says whether it did.
+fn remove_damaged(store: &Store, name: &str) -> Result<bool> {
+    const OP: &str = "destroy";
+    let Some(file) = store.dir.open_file(name, true, OP)? else { return Ok(false) };
+    let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
+    if store.dir.judge(&stat, OP)? != Plain::Ours || !try_lock(&file, OP)? {
+        return Ok(false);
+    }
+    let mut head = [0; HEADER as usize];
+    let length = read_head(&file, &mut head).map_err(|cause| fault(OP, cause))?;
+    let ours = Header::decode(&head[..length]).is_ok_and(|header| header.second.is_some());
+    Ok(ours && store.dir.unlink(name, &file, OP)?)
 }
 
 /// Takes the lock if it is free.

@@ -26,7 +26,7 @@ use crate::wait::{self, Attempt, Watch};
 /// machine apart, and nothing else.
 #[derive(Clone, Debug)]
 pub struct FileLock {
-    store: Arc<Store>,
+    pub(crate) store: Arc<Store>,
 }
 
 impl FileLock {
