@@ -207,6 +207,7 @@ mod conformance {
     use super::*;
     use conformance_tests::{
         Harness, cancel_suite, expiry_suite, fence_suite, handler_suite, hostile_suite, optimistic_suite, race_suite,
+        sessions_suite,
     };
 
     /// One shelf and one lock for each namespace.
@@ -233,4 +234,5 @@ mod conformance {
     race_suite!(Shelves::default());
     cancel_suite!(Shelves::default());
     hostile_suite!(Shelves::default());
+    sessions_suite!(Shelves::default());
 }
