@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
@@ -243,11 +243,11 @@ impl Dir {
         Walk { dir: Arc::clone(self), open: None, pending: vec![(String::new(), 0)] }
     }
 
-    /// Reads the names in one directory, with their inodes; one that is not there has none.
+    /// Reads the names in one directory, with their inodes; one that is not there, or is no directory of ours, has none.
     pub(crate) fn read(&self, path: &str) -> Result<impl Iterator<Item = Result<(String, u64)>> + use<>> {
         let stream = match self.open_dir(path) {
             Ok(fd) => Some(DirStream::from_fd(fd).map_err(|errno| fault("list", errno))?.into_iter()),
-            Err(Errno::ENOENT) if !path.is_empty() => None,
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) if !path.is_empty() => None,
             Err(errno) => return Err(fault("list", errno)),
         };
         Ok(stream.into_iter().flatten().filter_map(|entry| match entry {
@@ -429,7 +429,8 @@ fn open_checked(path: &Path) -> Result<OwnedFd> {
 fn check(path: &Path) -> Result<OwnedFd> {
     let shown = quote(path);
     let refused = |text: String| config(format!("cannot use {shown}: {text}"));
-    let dir = File::open(path).map_err(|cause| {
+    // Opening a FIFO would wait for somebody at its other end.
+    let dir = File::options().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path).map_err(|cause| {
         let text = match cause.kind() {
             io::ErrorKind::NotFound => format!("it is missing; run: mkdir -p -m 0700 {shown}"),
             io::ErrorKind::PermissionDenied => format!("permission denied; run: chown {} {shown}", geteuid()),
@@ -490,5 +491,10 @@ fn test_locks(dir: &OwnedFd, path: &Path) -> Result<()> {
 fn quote(path: &Path) -> String {
     let text = path.display().to_string();
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:,=@".contains(c);
-    if text.chars().all(plain) { text } else { format!("'{}'", text.escape_debug()) }
+    let within_quotes = |c: char| match c {
+        '\'' => r"'\''".into(),
+        _ if c.is_control() => "?".into(),
+        _ => c.to_string(),
+    };
+    if text.chars().all(plain) { text } else { format!("'{}'", text.chars().map(within_quotes).collect::<String>()) }
 }

@@ -80,14 +80,14 @@ impl Header {
         let length = bytes.len().min(head.len());
         head[..length].copy_from_slice(&bytes[..length]);
         let dead = match head[DEAD_AT as usize] {
-            0 => false,
-            DEAD => true,
-            _ => return Err("the header is damaged"),
+            0 => Ok(false),
+            DEAD => Ok(true),
+            _ => Err("the header is damaged"),
         };
         let number = |at: u64| u64::from_le_bytes(eight(&head, at as usize));
         let (waiting, holder, since) = (number(WAITING_AT), number(HOLDER_AT), number(HOLDER_AT + 8));
         if head[..FIXED].iter().all(|byte| *byte == 0) {
-            return Ok(Self { second: None, dead, waiting, holder, since });
+            return Ok(Self { second: None, dead: dead?, waiting, holder, since });
         }
         if head[..7] != MAGIC[..7] {
             return Err("it is not a session file of this library");
@@ -102,7 +102,7 @@ impl Header {
         if !SECONDS.contains(&second) || head[12..FIXED] != [0; 4] {
             return Err("the header is damaged");
         }
-        Ok(Self { second: Some(second), dead, waiting, holder, since })
+        Ok(Self { second: Some(second), dead: dead?, waiting, holder, since })
     }
 
     /// The bytes that make a file with entries a session file.
