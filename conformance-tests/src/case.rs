@@ -8,6 +8,7 @@ use std::panic;
 use std::sync::{Arc, Once, OnceLock};
 use std::time::{Duration, Instant};
 
+use session_core::{ErrorKind, OpenRequest, Result, SessionId};
 use tokio::task::JoinHandle;
 
 use crate::harness::{BoxFuture, DynHarness, Env, Harness};
@@ -81,6 +82,36 @@ pub fn cases() -> &'static [Case] {
         ];
         suites.concat()
     })
+}
+
+/// Returns the suites that a handler can be held to which is known only at run time: all but those for a lock, an optimistic
+/// access, an administration or worker processes that it says it does not have. A test file claims by its macros instead.
+///
+/// # Errors
+/// Those of the harness, and of opening.
+pub async fn claims(harness: &dyn DynHarness) -> Result<Vec<&'static str>> {
+    let namespace = Env::fresh_namespace();
+    let handler = harness.dyn_handler(&namespace).await?;
+    let optimistic = match handler.open(&SessionId::generate()?, &OpenRequest::optimistic()).await {
+        Ok(mut opened) => opened.close().await.map(|()| true)?,
+        Err(error) if error.kind() == ErrorKind::Unsupported => false,
+        Err(error) => return Err(error),
+    };
+    let lock = match harness.dyn_lock(&namespace).await {
+        Ok(_) => true,
+        Err(error) if error.kind() == ErrorKind::Unsupported => false,
+        Err(error) => return Err(error),
+    };
+    let has = |suite: &str| match suite {
+        "lock" => lock,
+        "optimistic" => optimistic,
+        "admin" => handler.admin().is_some(),
+        "processes" => harness.dyn_worker().is_some(),
+        _ => true,
+    };
+    let mut suites: Vec<_> = cases().iter().map(|case| case.suite).filter(|suite| has(suite)).collect();
+    suites.dedup();
+    Ok(suites)
 }
 
 /// Runs one case on a store of its own and says what came of it; a case that does not end in time has failed.

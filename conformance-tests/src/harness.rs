@@ -166,9 +166,14 @@ impl std::fmt::Debug for Env {
 }
 
 impl Env {
+    pub(crate) fn fresh_namespace() -> String {
+        let random = WriteId::random().expect("the operating system has randomness").to_bytes();
+        random[..6].iter().fold(String::from("c"), |name, byte| format!("{name}{byte:02x}"))
+    }
+
     pub(crate) fn new(harness: Arc<dyn DynHarness>) -> Self {
         let random = WriteId::random().expect("the operating system has randomness").to_bytes();
-        let namespace = random[..6].iter().fold(String::from("c"), |name, byte| format!("{name}{byte:02x}"));
+        let namespace = Self::fresh_namespace();
         let fresh = u64::from(u32::from_le_bytes([random[8], random[9], random[10], random[11]]));
         let seed = std::env::var("CONFORMANCE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(fresh);
         Self { harness, namespace, seed }

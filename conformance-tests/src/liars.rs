@@ -92,6 +92,10 @@ flaws! {
     ReadsBeforeLock,
     /// Answers later reads with what the first one said.
     ReadIsCached,
+    /// Shows readers of one handler what an earlier reader of it has seen.
+    ReadsAreSharedByReaders,
+    /// Shows a reader the record before the last one now and then.
+    ReaderGoesBack,
     /// Prolongs the life of what is read.
     ReadProlongs,
     /// Reports the whole life instead of what is left of it.
@@ -112,8 +116,10 @@ flaws! {
     RepeatIsRefused,
     /// Applies a repeated write again, whatever happened in between.
     RepeatIsAppliedAgain,
-    /// Answers every later write of an opening as a repeat of its first.
+    /// Names the opening instead of the write: what an overtaken opening writes after its first write passes for a repeat.
     FencePerOpening,
+    /// Bases every write of an opening on what it read at first.
+    OwnWriteIsForgotten,
     /// Answers a refused write as applied.
     RefusalIsSwallowed,
     /// Refuses a write under a lease that has ended although nobody came.
@@ -234,6 +240,10 @@ flaws! {
     IdsFoldCase,
     /// Cuts ids after 64 characters.
     IdsAreCut,
+    /// Tells no more than a thousand ids apart.
+    IdsCollide,
+    /// Ignores the namespace.
+    NamespacesAreOne,
     /// Ends the payload at the first NUL.
     BytesEndAtNul,
     /// Takes an empty record for an absent one.
@@ -302,6 +312,7 @@ impl Liar {
 
     fn store(&self, namespace: &str) -> Arc<Store> {
         let mut stores = self.stores.lock().unwrap_or_else(PoisonError::into_inner);
+        let namespace = if self.flaw == Flaw::NamespacesAreOne { "" } else { namespace };
         stores.entry(namespace.to_owned()).or_insert_with(|| Arc::new(Store::new(self.flaw, self.strict))).clone()
     }
 }

@@ -39,7 +39,11 @@
 //! A case of a random nature prints its seed; `CONFORMANCE_SEED=…` replays it. A missing server is a failed case: let the
 //! harness answer with an error that says how to start it.
 //!
-//! [`cases`] lists all of them and [`run_case`] runs one against a store that is known only at run time.
+//! [`cases`] lists all of them and [`run_case`] runs one against a store that is known only at run time; [`claims`] finds out
+//! what such a store can be held to.
+//!
+//! Each case is failed by at least one liar of [`liars`], a store that is broken in one small way on purpose, and the crate's own
+//! tests prove it. [`faulty`] and [`proxy`] lose the answers that a good network delivers.
 //!
 //! This crate knows the contract and nothing of any backend.
 
@@ -64,5 +68,5 @@ mod sessions;
 mod steps;
 mod store;
 
-pub use case::{Case, Outcome, cases, run_case, run_test};
+pub use case::{Case, Outcome, cases, claims, run_case, run_test};
 pub use harness::{BoxFuture, DynHarness, Env, Harness, Rng};

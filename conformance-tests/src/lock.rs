@@ -336,7 +336,7 @@ async fn renewal_extends(env: Env) {
     let waiter = {
         let (there, id, lease) = (there.clone(), id.clone(), env.lease());
         env.spawn(async move {
-            let lease = acquire(&*there, &id, Duration::from_secs(60), lease).await;
+            let lease = acquire(&*there, &id, length * 6 + Duration::from_secs(10), lease).await;
             (lease, Instant::now())
         })
     };

@@ -2,7 +2,7 @@
 //!
 //! A handler that has only exclusive openings does not claim it; [`Sessions`](session_core::Sessions) then replaces it.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use session_core::{Change, ErrorKind, Expect, OpenRequest, SessionHandler, SessionId, Ttl, Written};
 
@@ -298,12 +298,14 @@ async fn optimistic_repeat_is_already_applied(env: Env) {
     holds(&*here, &id, "second", "after an old write was sent again").await;
 }
 
-/// Adds one until it is applied; `None` if the lock was somebody else's all the time.
+/// Adds one, again and again until it is applied.
 async fn add_one(handler: &dyn SessionHandler, id: &SessionId, request: OpenRequest) {
     let give_up = Instant::now() + SOON * 20;
     loop {
         let (mut opened, seen) = open_read(handler, id, request).await;
         let next = (count(seen.as_deref()) + 1).to_string();
+        // Long enough for others to come in between.
+        tokio::time::sleep(Duration::from_micros(300)).await;
         match opened.save(&Change::Write(record(next)), wid()).await {
             Ok(_) => return,
             Err(error) if error.kind() == ErrorKind::Conflict && Instant::now() < give_up => {

@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use session_core::{Change, ErrorKind, Expect, OpenRequest, SessionId, Written};
 
@@ -215,12 +215,13 @@ async fn absent_id_is_created_once(env: Env) {
         let id = new_id();
         let request = in_a_crowd(&env).expecting(Expect::Any);
         let found = all(&env, 4, |n| {
-            let (handler, id) = (handlers[n as usize % 2].clone(), id.clone());
+            let (handler, id, mut rng) = (handlers[n as usize % 2].clone(), id.clone(), env.rng(n));
             async move {
                 let (opened, seen) = open_read(&*handler, &id, request).await;
                 let mut list = marks(seen.as_deref());
                 let found = list.len();
                 list.push(n.to_string());
+                tokio::time::sleep(rng.duration(Duration::from_millis(2))).await;
                 saved(opened, list.join(" ")).await;
                 found
             }
@@ -474,25 +475,33 @@ async fn gc_destroy_create_race_keeps_the_live_one(env: Env) {
             }
         })
     };
-    let mut rng = env.rng(1);
     let brief = env.tick();
     let mut others: Vec<SessionId> = Vec::new();
-    for round in 0..40 {
-        let expired = round % 4 == 0;
+    for round in 0..16 {
         let opened = open(&*handlers[0], &id, in_a_crowd(&env).expecting(Expect::Any)).await;
         if !recreated(&env, opened, "made").await {
             // Where a destroyed id cannot be made again, a new one stands for it.
             others.push(session(&env, &*handlers[0], "made").await);
             continue;
         }
-        tokio::time::sleep(rng.duration(Duration::from_millis(3))).await;
-        holds(&*handlers[0], &id, "made", &format!("in round {round}, as soon as it was created,")).await;
-        if expired {
-            let mut opened = open(&*handlers[0], &id, env.briefly()).await;
-            applied(opened.save(&Change::Write(living("brief", brief)), wid()).await, "a save with a short life");
-            tokio::time::sleep(brief + env.rounding()).await;
-        } else {
+        // A collector that looks first and takes later has had the time for both.
+        tokio::time::sleep(Duration::from_millis(8)).await;
+        holds(&*handlers[0], &id, "made", &format!("in round {round}, soon after it was created,")).await;
+        if round % 3 == 0 {
             destroy(&*handlers[0], &id).await;
+            continue;
+        }
+        let mut opened = open(&*handlers[0], &id, env.briefly()).await;
+        applied(opened.save(&Change::Write(living("brief", brief)), wid()).await, "a save with a short life");
+        // Created again in the very moment in which it expires.
+        let born = Instant::now();
+        while look(&*handlers[0], &id).await.is_some() {
+            assert!(
+                born.elapsed() < brief + SOON * 2,
+                "a record with a life of {brief:?} was alive after {:?}",
+                born.elapsed()
+            );
+            tokio::time::sleep(Duration::from_micros(300)).await;
         }
     }
     for id in &others {
@@ -528,7 +537,10 @@ async fn gc_beside_prolonging_keeps_the_prolonged(env: Env) {
                     continue;
                 }
                 match opened.save(&Change::Write(record("kept")), wid()).await {
-                    Ok(_) => holds(&*handler, &id, "kept", "after it was prolonged beside a collector").await,
+                    Ok(_) => {
+                        env.ticks(2).await;
+                        holds(&*handler, &id, "kept", "past its old deadline, which was moved beside a collector,").await;
+                    }
                     Err(error) => panic!("a save to what an exclusive opening had found ended as {error:?}"),
                 }
             }

@@ -546,14 +546,22 @@ async fn random_requests_bring_nothing_back(env: Env) {
                 let (sessions, id, mut rng) = (processes[n % 2].clone(), id.clone(), env.rng(round * 8 + n as u64));
                 env.spawn(async move {
                     tokio::time::sleep(rng.duration(Duration::from_millis(6))).await;
+                    let work = rng.duration(Duration::from_millis(4));
                     let outcome = match n {
                         0 => sessions.destroy(&id).await.map(|()| None),
-                        1..=3 => sessions.update(&id, async |session| add(session, "n")).await.map(|updated| updated.id),
+                        1..=3 => {
+                            let change = async move |session: &mut Session| {
+                                tokio::time::sleep(work).await;
+                                add(session, "n")
+                            };
+                            sessions.update(&id, change).await.map(|updated| updated.id)
+                        }
                         4 | 5 => match sessions.merge(&id).await {
-                            Ok(mut session) => match add(&mut session, "merged") {
-                                Ok(_) => session.close().await,
-                                Err(error) => Err(error),
-                            },
+                            Ok(mut session) => {
+                                tokio::time::sleep(work).await;
+                                ok(add(&mut session, "merged"), "insert");
+                                session.close().await
+                            }
                             Err(error) => Err(error),
                         },
                         _ => sessions.view(&id).await.map(|_| None),

@@ -21,7 +21,7 @@ use crate::liars::Flaw;
 
 const AGES: Duration = Duration::from_secs(3600);
 /// How long a flaw waits that should not wait: longer than any case allows.
-const TOO_LONG: Duration = Duration::from_secs(8);
+const TOO_LONG: Duration = Duration::from_secs(4);
 /// How long a flaw leaves a gap open between two steps that should be one.
 const GAP: Duration = Duration::from_millis(3);
 
@@ -60,6 +60,8 @@ struct Stored {
     version: WriteId,
     /// The opening that wrote last.
     by: WriteId,
+    /// The payload before this one.
+    before: Option<Vec<u8>>,
 }
 
 /// The lock of one id.
@@ -144,7 +146,8 @@ impl Store {
     }
 
     pub(crate) fn handler(self: &Arc<Self>) -> Arc<StoreHandler> {
-        Arc::new(StoreHandler { store: self.clone(), instance: self.instances.fetch_add(1, Ordering::Relaxed) })
+        let instance = self.instances.fetch_add(1, Ordering::Relaxed);
+        Arc::new(StoreHandler { store: self.clone(), instance, seen: Mutex::default() })
     }
 
     pub(crate) fn lock(self: &Arc<Self>) -> Arc<StoreLock> {
@@ -162,6 +165,10 @@ impl Store {
     fn key(&self, id: &SessionId) -> String {
         match self.flaw {
             Flaw::IdsFoldCase => id.as_str().to_ascii_lowercase(),
+            Flaw::IdsCollide => {
+                let sum = id.as_str().bytes().fold(0u64, |sum, byte| (sum * 31 + u64::from(byte)) % 1009);
+                format!("{sum:022}")
+            }
             Flaw::IdsAreCut => id.as_str().chars().take(64).collect(),
             _ => id.as_str().to_owned(),
         }
@@ -253,7 +260,8 @@ impl Store {
             let lease_end = self.with(key, |_, latch| latch.held(now).map(|hold| hold.until));
             let look_again = lease_end.unwrap_or(deadline).min(deadline).max(now + Duration::from_millis(1));
             if self.is(Flaw::WakeIsLost) {
-                tokio::time::sleep_until((now + (deadline - now) * 9 / 10 + Duration::from_millis(1)).into()).await;
+                let nearly = ((deadline - now) * 9 / 10).min(TOO_LONG);
+                tokio::time::sleep(nearly + Duration::from_millis(1)).await;
             } else {
                 tokio::select! {
                     () = woken => {}
@@ -336,6 +344,8 @@ impl Drop for Ticket {
 pub(crate) struct StoreHandler {
     store: Arc<Store>,
     instance: u64,
+    /// What readers of this handler have seen, for a flaw.
+    seen: Mutex<BTreeMap<String, Option<Record>>>,
 }
 
 impl fmt::Debug for StoreHandler {
@@ -390,6 +400,11 @@ impl SessionHandler for StoreHandler {
                     }
                 }
                 opening.fetch(true);
+                if store.is(Flaw::ReadsAreSharedByReaders) {
+                    let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+                    let shared = seen.entry(key).or_insert_with(|| opening.fetched.clone().flatten());
+                    opening.fetched = Some(shared.clone());
+                }
             }
             Access::Optimistic if request.expect == Expect::Fresh => opening.fetched = Some(None),
             Access::Optimistic => {
@@ -426,13 +441,15 @@ impl SessionHandler for StoreHandler {
                 if let Some((token, clean)) = store.acquire(&key, self.instance, request_lease, absent_is_in).await? {
                     opening.hold(token, clean, lease);
                 }
+                // Before it is read: what is found alive has to outlive the hold.
+                if opening.held.is_some() && !store.is(Flaw::OpenDoesNotProlong) {
+                    store.with(&key, |cell, _| Store::prolong(cell, lease, Instant::now()));
+                }
                 if !store.is(Flaw::ReadsBeforeLock) {
                     opening.fetch(true);
                 }
                 if absent_is_in && opening.fetched == Some(None) {
                     opening.let_go();
-                } else if !store.is(Flaw::OpenDoesNotProlong) {
-                    store.with(&key, |cell, _| Store::prolong(cell, lease, Instant::now()));
                 }
             }
         }
@@ -639,6 +656,11 @@ impl Store {
             Flaw::OwnerIsEnough if exclusive && !first_of_fresh => {
                 return if others { refuse(late) } else { Ok(Verdict::Apply) };
             }
+            Flaw::FencePerOpening
+                if exclusive && !first_of_fresh && !mine && !touch && live.is_some_and(|record| record.by == me.name) =>
+            {
+                return Ok(Verdict::Already);
+            }
             Flaw::RepeatIsAppliedAgain if me.sent.contains(&wid) => return Ok(Verdict::Apply),
             Flaw::UnlockLeavesHolderIn if exclusive && !mine && live.is_some() => return Ok(Verdict::Apply),
             _ => {}
@@ -653,22 +675,17 @@ impl Store {
         {
             return refuse(late);
         }
-        let stale = |refusal: ErrorKind| {
-            // The design that names the opening instead of the write.
-            let told = self.is(Flaw::FencePerOpening) && live.is_some_and(|record| record.by == me.name);
-            if told { Ok(Verdict::Already) } else { refuse(refusal) }
-        };
         let blocked = others
             && !self.is(Flaw::VersionIsEnough)
             && !(self.is(Flaw::OptimismIgnoresHolder) && matches!(me.access, Access::Optimistic));
         match (me.base, live) {
             (Base::Record(_), None) => refuse(ErrorKind::Gone),
-            (Base::Record(_), Some(_)) if blocked => stale(late),
+            (Base::Record(_), Some(_)) if blocked => refuse(late),
             (Base::Record(version), Some(record)) => {
                 if record.version == version || (self.is(Flaw::OptimismIgnoresVersion) && !exclusive) {
                     Ok(Verdict::Apply)
                 } else {
-                    stale(late)
+                    refuse(late)
                 }
             }
             (Base::Absent(_), None) if touch && !self.is(Flaw::TouchCreates) => refuse(ErrorKind::Gone),
@@ -719,7 +736,8 @@ impl Store {
             wid
         };
         let deadline = if self.is(Flaw::WriteKeepsDeadline) { first_deadline } else { now + life };
-        cell.record = Some(Stored { data, ttl: record.ttl, deadline, first_deadline, wid, version, by });
+        let before = before.map(|before| before.data.clone());
+        cell.record = Some(Stored { data, ttl: record.ttl, deadline, first_deadline, wid, version, by, before });
         cell.grave = None;
     }
 }
@@ -757,7 +775,11 @@ impl Opening {
                 Some(stored) => {
                     let left = stored.deadline.saturating_duration_since(now);
                     let ttl = if store.is(Flaw::ReadReportsWholeLife) { stored.ttl } else { Ttl::new(left) };
-                    (Some(Record::new(stored.data.clone(), ttl)), Base::Record(stored.version))
+                    let back = store.is(Flaw::ReaderGoesBack)
+                        && matches!(self.access, Access::ReadOnly)
+                        && store.instances.fetch_add(1, Ordering::Relaxed) % 4 == 3;
+                    let data = stored.before.as_ref().filter(|_| back).unwrap_or(&stored.data);
+                    (Some(Record::new(data.clone(), ttl)), Base::Record(stored.version))
                 }
                 None => (None, Base::Absent(cell.grave.map(|(name, _)| name))),
             }
@@ -877,7 +899,7 @@ impl Opening {
                     if let Some(lease) = taken {
                         self.hold(token, true, lease);
                     }
-                    if let Some(version) = version {
+                    if let Some(version) = version.filter(|_| !store.is(Flaw::OwnWriteIsForgotten) || takes_lock) {
                         self.base = Base::Record(version);
                     }
                 }

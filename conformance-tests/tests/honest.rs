@@ -18,3 +18,11 @@ mod strict {
 
     conformance_tests::fence_suite!(Liar::new(Flaw::None).strict());
 }
+
+#[tokio::test]
+async fn a_store_that_has_everything_is_held_to_everything_but_processes() {
+    let claims = conformance_tests::claims(&Liar::new(Flaw::None)).await;
+    let claims = claims.unwrap_or_else(|error| panic!("the honest store was refused: {error:?}"));
+    let all = ["handler", "lock", "fence", "expiry", "optimistic", "race", "cancel", "hostile", "admin", "sessions"];
+    assert_eq!(claims, all);
+}
