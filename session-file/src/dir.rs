@@ -379,7 +379,9 @@ pub(crate) fn fault(op: &'static str, cause: impl Into<io::Error>) -> Error {
         Some(Errno::EDQUOT) => {
             (ErrorKind::Unavailable, "the quota is used up; nothing was stored, what was there is intact")
         }
-        Some(Errno::EFBIG) => (ErrorKind::Unavailable, "the file size limit is reached; nothing was stored"),
+        Some(Errno::EFBIG) => {
+            (ErrorKind::Unavailable, "the file size limit of this process (RLIMIT_FSIZE) is reached; nothing was stored")
+        }
         Some(Errno::EMFILE | Errno::ENFILE) => (ErrorKind::Unavailable, "too many open files; raise the limit (ulimit -n)"),
         Some(Errno::EACCES | Errno::EPERM) => (ErrorKind::Config, "permission denied; the files must belong to this user"),
         Some(Errno::EROFS) => (ErrorKind::Config, "the file system is mounted read-only; remount it read-write"),

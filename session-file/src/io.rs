@@ -213,7 +213,11 @@ fn read_at(file: &File, bytes: &mut [u8], at: u64) -> io::Result<usize> {
     Ok(done)
 }
 
+/// Writes all of `bytes`, or refuses what is beyond the limit of this process, even within a file: the kernel would kill.
 pub(crate) fn write_at(file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
+    if getrlimit(Resource::RLIMIT_FSIZE).is_ok_and(|(limit, _)| at + bytes.len() as u64 > limit) {
+        return Err(Errno::EFBIG.into());
+    }
     let mut done = 0;
     while done < bytes.len() {
         match pwrite(file, &bytes[done..], at + done as u64) {
