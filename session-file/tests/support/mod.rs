@@ -11,6 +11,7 @@ use std::io::Write;
 use std::num::NonZeroU32;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -293,4 +294,23 @@ impl Drop for SmallDisk {
     fn drop(&mut self) {
         let _ = umount2(self.path(), MntFlags::MNT_DETACH);
     }
+}
+
+/// Set in the environment of a child: where it is to work.
+const CHILD: &str = "SESSION_FILE_CHILD";
+
+/// This executable, to be run again for one of its tests, which then finds [`child_place`].
+pub(crate) fn child_of(test: &str, place: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(CHILD, place);
+    command
+}
+
+/// What the parent gave to this process, if it is a child.
+pub(crate) fn child_place() -> Option<String> {
+    std::env::var(CHILD).ok()
+}
+
+pub(crate) fn block_on<T>(work: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
 }
