@@ -2,7 +2,7 @@
 //!
 //! Nothing here waits for a lock, and nothing disturbs a holder.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, VecDeque};
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::dir::{Dir, Plain, Walk, fault, stat};
 use crate::handler::FileHandler;
 use crate::io::{SessionFile, Store, load, now, read_head, run};
 use crate::layout::{HEADER, Header};
-use crate::lock::{holder, parse_lock};
+use crate::lock::{KernelLocks, holder};
 
 /// How many names a listing keeps in memory between two pages.
 const AHEAD: usize = 1 << 16;
@@ -72,14 +72,22 @@ fn looks_dead(store: &Arc<Store>, id: &SessionId) -> Result<bool> {
 #[derive(Debug)]
 pub(crate) struct Listing {
     after: String,
-    names: Vec<String>,
+    names: Names,
+}
+
+/// Names in the order of their paths.
+#[derive(Debug)]
+struct Names {
+    next: VecDeque<String>,
+    /// Whether there are more behind the last.
+    more: bool,
 }
 
 #[async_trait]
 impl SessionAdmin for FileHandler {
     async fn list(&self, after: Option<&Cursor>, limit: NonZeroU32) -> Result<Page> {
         let (this, after) = (self.clone(), after.map(|cursor| cursor.0.clone()).unwrap_or_default());
-        run(self.store.config.io, true, move || this.page(after, limit)).await?
+        run(self.store.config.io, true, move || this.page(after, limit, AHEAD)).await?
     }
 
     async fn locks(&self, limit: NonZeroU32) -> Result<Vec<LockInfo>> {
@@ -93,8 +101,7 @@ impl SessionAdmin for FileHandler {
         let work = move || -> Result<bool> {
             let Some(file) = store.dir.open_file(&store.dir.name(&id), false, OP)? else { return Ok(false) };
             let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
-            let held = store.dir.judge(&stat, OP)? == Plain::Ours && kernel_locks()?.0.contains_key(&stat.inode);
-            if !held {
+            if store.dir.judge(&stat, OP)? != Plain::Ours || KernelLocks::read()?.holder(&stat, &file).is_none() {
                 return Ok(false);
             }
             let text = "a kernel lock ends only with its holder; end that process";
@@ -105,93 +112,65 @@ impl SessionAdmin for FileHandler {
 }
 
 impl FileHandler {
-    fn page(&self, after: String, limit: NonZeroU32) -> Result<Page> {
+    fn page(&self, after: String, limit: NonZeroU32, ahead: usize) -> Result<Page> {
         let store = &self.store;
         let cached = self.listing.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let mut names = match cached.filter(|listing| listing.after == after && !listing.names.is_empty()) {
+        let mut names = match cached.filter(|listing| listing.after == after) {
             Some(listing) => listing.names,
-            None => names_after(&store.dir, &after)?,
+            None => names_after(&store.dir, &after, ahead)?,
         };
-        let now = now();
+        let (now, mut last) = (now(), after);
         let mut sessions = Vec::new();
-        let mut last = after;
-        let mut seen = 0;
-        loop {
-            if seen == names.len() {
-                // A full page of names may end before the names do.
-                names = if seen < AHEAD { Vec::new() } else { names_after(&store.dir, &last)? };
-                seen = 0;
-                if names.is_empty() {
+        while sessions.len() < limit.get() as usize {
+            let Some(name) = names.next.pop_front() else {
+                if !names.more {
                     return Ok(Page::new(sessions, None));
                 }
-            }
-            if sessions.len() >= limit.get() as usize {
-                break;
-            }
-            last.clone_from(&names[seen]);
-            seen += 1;
-            if let Some(info) = describe(store, &last, now) {
-                sessions.push(info);
-            }
+                names = names_after(&store.dir, &last, ahead)?;
+                continue;
+            };
+            sessions.extend(describe(store, &name, now));
+            last = name;
         }
-        names.drain(..seen);
         let listing = Listing { after: last.clone(), names };
         *self.listing.lock().unwrap_or_else(PoisonError::into_inner) = Some(listing);
         Ok(Page::new(sessions, Some(Cursor(last))))
     }
 
     fn held(&self, limit: NonZeroU32) -> Result<Vec<LockInfo>> {
-        let (held, waiting) = kernel_locks()?;
-        let mut walk = self.store.dir.walk();
+        const OP: &str = "locks";
+        let (dir, kernel) = (&self.store.dir, KernelLocks::read()?);
+        let mut walk = dir.walk();
         let mut locks = Vec::new();
         while let Some((id, inode)) = walk.next()? {
-            if !held.contains_key(&inode) {
-                continue;
-            }
-            // The numbers of inodes are unique within one file system only; the file itself knows better who holds it.
-            let file = self.store.dir.open_file(&self.store.dir.name(&id), false, "locks");
-            let Ok(Some(file)) = file else { continue };
-            let ours =
-                stat(&file).is_ok_and(|stat| self.store.dir.judge(&stat, "locks").is_ok_and(|plain| plain == Plain::Ours));
-            if ours {
-                let waiting = waiting.get(&inode).copied().unwrap_or_default();
-                locks.push(LockInfo::new(id, holder(&file, Duration::ZERO), None, Some(waiting)));
-            }
             if locks.len() >= limit.get() as usize {
                 break;
+            }
+            if !kernel.mention(inode) {
+                continue;
+            }
+            let Ok(Some(file)) = dir.open_file(&dir.name(&id), false, OP) else { continue };
+            let Ok(stat) = stat(&file) else { continue };
+            if dir.judge(&stat, OP).is_ok_and(|plain| plain == Plain::Ours) && kernel.holder(&stat, &file).is_some() {
+                locks.push(LockInfo::new(id, holder(&file, Duration::ZERO), None, Some(kernel.waiting(&stat))));
             }
         }
         Ok(locks)
     }
 }
 
-/// Returns the inodes with a kernel lock, and how many stand in line for each.
-fn kernel_locks() -> Result<(BTreeMap<u64, u64>, BTreeMap<u64, u64>)> {
-    let text = std::fs::read_to_string("/proc/locks").map_err(|cause| {
-        Error::new(ErrorKind::Unsupported, "locks", "the kernel's list of locks, /proc/locks, cannot be read")
-            .with_source(cause)
-    })?;
-    let (mut held, mut waiting) = (BTreeMap::new(), BTreeMap::new());
-    for lock in text.lines().filter_map(parse_lock) {
-        if lock.ticket {
-            *waiting.entry(lock.inode).or_insert(0) += 1;
-        } else {
-            held.insert(lock.inode, lock.pid);
-        }
-    }
-    Ok((held, waiting))
-}
-
-/// Returns the next names after `after` in the order of their paths, at most [`AHEAD`].
-fn names_after(dir: &Dir, after: &str) -> Result<Vec<String>> {
-    let mut next = BTreeSet::new();
+/// Returns the next names after `after` in the order of their paths, at most `ahead`.
+fn names_after(dir: &Dir, after: &str, ahead: usize) -> Result<Names> {
+    let (mut next, mut more) = (BTreeSet::new(), false);
     let mut pending = vec![(String::new(), 0)];
     while let Some((path, level)) = pending.pop() {
-        // Directories sort as their contents do, so those before the cursor, and those after a full page, need no look.
-        let before = !path.is_empty() && path.as_str() < after && !after.starts_with(&path);
-        let beyond = next.len() >= AHEAD && next.last().is_some_and(|last: &String| *last < path);
-        if before || beyond {
+        // Directories sort as what is in them, so those before the cursor need no look, nor do those behind a full page.
+        if path.as_str() < after && !after.starts_with(&path) {
             continue;
+        }
+        if next.len() >= ahead && next.last().is_some_and(|last: &String| *last < path) {
+            more = true;
+            break;
         }
         let (mut below, leaf) = (Vec::new(), dir.is_leaf(level));
         for entry in dir.read(&path)? {
@@ -202,8 +181,9 @@ fn names_after(dir: &Dir, after: &str) -> Result<Vec<String>> {
                 let full = format!("{path}{name}");
                 if full.as_str() > after {
                     next.insert(full);
-                    if next.len() > AHEAD {
+                    if next.len() > ahead {
                         next.pop_last();
+                        more = true;
                     }
                 }
             }
@@ -211,7 +191,7 @@ fn names_after(dir: &Dir, after: &str) -> Result<Vec<String>> {
         below.sort_unstable_by(|a, b| b.cmp(a));
         pending.append(&mut below);
     }
-    Ok(next.into_iter().collect())
+    Ok(Names { next: next.into_iter().collect(), more })
 }
 
 fn describe(store: &Store, name: &str, now: u64) -> Option<SessionInfo> {
@@ -224,4 +204,41 @@ fn describe(store: &Store, name: &str, now: u64) -> Option<SessionInfo> {
     }
     let (record, _) = load(&file, false, "list").ok()?.live(now)?;
     Some(SessionInfo::new(id, record.data.len() as u64, record.ttl.as_duration()))
+}
+
+#[cfg(test)]
+mod tests {
+    use session_core::{Change, Expect, OpenRequest, Record, SessionHandler, Ttl, WriteId};
+
+    use super::*;
+    use crate::config::{Durability, FileConfig};
+
+    #[tokio::test]
+    async fn a_listing_of_more_names_than_are_kept_shows_each_once() {
+        for depth in 0..=2 {
+            let root = tempfile::tempdir().unwrap();
+            let config = FileConfig::new(root.path().join("sessions")).with_depth(depth).with_durability(Durability::None);
+            let handler = FileHandler::open_dir(config).unwrap();
+            let mut alive = BTreeSet::new();
+            let longest = SessionId::parse(&"x".repeat(256)).unwrap();
+            for id in (0..100).map(|_| SessionId::generate().unwrap()).chain([longest]) {
+                let request = OpenRequest::optimistic().expecting(Expect::Fresh);
+                let mut session = handler.open(&id, &request).await.unwrap();
+                let record = Record::new("data", Ttl::from_secs(60));
+                session.save(&Change::Write(record), WriteId::random().unwrap()).await.unwrap();
+                alive.insert(id);
+            }
+            for (limit, ahead) in [(1, 1), (3, 7), (7, 3), (100, 100), (101, 10), (1000, 101)] {
+                let (mut seen, mut after) = (Vec::new(), String::new());
+                loop {
+                    let page = handler.page(after, NonZeroU32::new(limit).unwrap(), ahead).unwrap();
+                    seen.extend(page.sessions.into_iter().map(|session| session.id));
+                    let Some(next) = page.next else { break };
+                    after = next.0;
+                }
+                assert_eq!(seen.len(), alive.len(), "depth {depth}, pages of {limit}, {ahead} ahead");
+                assert_eq!(seen.into_iter().collect::<BTreeSet<_>>(), alive);
+            }
+        }
+    }
 }

@@ -41,7 +41,7 @@ pub(crate) struct Dir {
 /// What is asked about a file.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Stat {
-    device: (u32, u32),
+    pub(crate) device: (u32, u32),
     pub(crate) inode: u64,
     pub(crate) links: u32,
     pub(crate) size: u64,

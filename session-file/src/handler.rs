@@ -14,7 +14,6 @@ use session_core::{
     Access, Change, Error, ErrorKind, Expect, Held, OpenRequest, OpenSession, Record, Result, SessionAdmin, SessionHandler,
     SessionId, Ttl, WriteId, Written,
 };
-use tokio::time::Instant;
 
 use crate::admin;
 use crate::config::{Durability, FileConfig};
@@ -24,7 +23,7 @@ use crate::io::{
     too_large,
 };
 use crate::lock::{FileLock, abandon, hold, in_place, timed_out, with_file};
-use crate::wait::{Attempt, Watch, in_line};
+use crate::wait::{Attempt, Watch, deadline, in_line};
 
 /// Keeps sessions in files, one each, under kernel locks. Cloning it is cheap.
 ///
@@ -87,7 +86,7 @@ impl FileHandler {
     }
 
     async fn stand_in_line(&self, id: &SessionId, file: File, manner: Manner, wait: Duration) -> Result<Opened> {
-        let until = Instant::now() + wait;
+        let until = deadline(wait);
         // Whoever expects a session need not wait for one that is not there any more.
         let absent = move |file: &File| (manner.existing && peek_absent(file)).then_some(None);
         if let Some(opened) = absent(&file) {
@@ -96,13 +95,13 @@ impl FileHandler {
         if wait.is_zero() {
             return Err(timed_out("open", &file, wait));
         }
-        mark_waiting(&file, now() + wait.as_millis() as u64);
+        let mark = move |file: &File| mark_waiting(file, wait);
         let (store, id) = (Arc::clone(&self.store), id.clone());
         let attempt = move |file| match SessionFile::open(&store, &id, Some(file), Manner { turn: Turn::First, ..manner })? {
             Attempt::Busy { file, .. } if absent(&file).is_some() => Ok(Attempt::Done(None)),
             attempt => Ok(attempt),
         };
-        let waited = in_line(&self.store.watch, self.store.config.io, file, until, attempt, absent).await?;
+        let waited = in_line(&self.store.watch, self.store.config.io, file, until, attempt, absent, mark).await?;
         waited.map_err(|file| timed_out("open", &file, wait))
     }
 }

@@ -485,7 +485,7 @@ impl SessionFile {
                 if now >= entry.deadline {
                     return Err(gone(OP));
                 }
-                let ahead = now + 2 * lease.as_millis() as u64;
+                let ahead = after(now, lease.saturating_mul(2));
                 if entry.deadline < ahead {
                     return self.put(None, entry.write, ahead, false, OP);
                 }
@@ -567,7 +567,7 @@ impl SessionFile {
     }
 
     fn prolong(&mut self, lease: Duration, now: u64) {
-        let ahead = now + 2 * lease.as_millis() as u64;
+        let ahead = after(now, lease.saturating_mul(2));
         if let Some((entry, _)) = self.current
             && entry.deadline < ahead
             && let Err(error) = self.put(None, entry.write, ahead, false, "open")
@@ -837,10 +837,20 @@ pub(crate) fn peek_absent(file: &File) -> bool {
 }
 
 /// Tells later openers that somebody may stand in line until then. Only a hint: nothing but fairness depends on it.
-pub(crate) fn mark_waiting(file: &File, until: u64) {
-    if file.metadata().is_ok_and(|meta| meta.len() >= HEADER) {
+pub(crate) fn mark_waiting(file: &File, wait: Duration) {
+    let until = after(now(), wait);
+    let mut head = [0; HEADER as usize];
+    // A file without a header is not made longer for a hint.
+    if read_head(file, &mut head).is_ok_and(|length| length == head.len())
+        && Header::decode(&head).is_ok_and(|header| header.waiting < until)
+    {
         let _ = write_at(file, &until.to_le_bytes(), WAITING_AT);
     }
+}
+
+/// Adds a length of time to an instant, both in milliseconds.
+fn after(now: u64, length: Duration) -> u64 {
+    now.saturating_add(u64::try_from(length.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// Refuses a payload over the limit.

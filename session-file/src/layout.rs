@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!       0   magic and version (8), place of the second entry (4), zero (4)      written once, last of all at creation
-//!      16   dead (1): a destroy that could not get the lock; nothing clears it
+//!      16   dead (1): a destroy that could not get the lock; nothing clears it, and the sticky bit of the file says the same
 //!      24   waiting (8): until when somebody may be queueing, milliseconds since 1970; advisory
 //!      32   holder (8), since (8): who holds the lock; advisory
 //!      64   first entry (64), then room for a payload

@@ -2,7 +2,7 @@
 //!
 //! A kernel lock has no lease: it ends when its holder lets go or his process ends, never before, however long he is stopped.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -11,13 +11,12 @@ use async_trait::async_trait;
 use session_core::{Error, ErrorKind, Held, Holder, Lease, LeaseRequest, LeaseToken, Result, SessionId, SessionLock};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
 
 use crate::config::FileConfig;
-use crate::dir::{Dir, Plain, fault, stat};
+use crate::dir::{Dir, Plain, Stat, fault, stat};
 use crate::io::{SessionFile, Store, gone, mark_waiting, now, pooled, read_head, run, try_lock, write_at};
 use crate::layout::{HEADER, HOLDER_AT, Header};
-use crate::wait::{self, Attempt, Watch};
+use crate::wait::{self, Attempt, Watch, deadline, in_line};
 
 /// A [`SessionLock`] by kernel locks on files in a directory, for handlers that have none of their own.
 ///
@@ -48,7 +47,7 @@ impl FileLock {
 impl SessionLock for FileLock {
     async fn acquire(&self, id: &SessionId, request: &LeaseRequest) -> Result<Arc<Lease>> {
         let (store, io) = (Arc::clone(&self.store), self.store.config.io);
-        let until = Instant::now() + request.wait;
+        let (wait, until) = (request.wait, deadline(request.wait));
         let attempt = {
             let name = Dir::lock_name(id);
             move |file, turn| LockFile::open(&store, &name, file, turn)
@@ -56,14 +55,13 @@ impl SessionLock for FileLock {
         let first = attempt.clone();
         let file = match run(io, false, move || first(None, false)).await?? {
             Attempt::Done(file) => Ok(file),
-            Attempt::Busy { file, .. } if request.wait.is_zero() => Err(file),
+            Attempt::Busy { file, .. } if wait.is_zero() => Err(file),
             Attempt::Busy { file, .. } => {
-                mark_waiting(&file, now() + request.wait.as_millis() as u64);
                 let attempt = move |file| attempt(Some(file), true);
-                wait::in_line(&self.store.watch, io, file, until, attempt, |_| None).await?
+                in_line(&self.store.watch, io, file, until, attempt, |_| None, move |file| mark_waiting(file, wait)).await?
             }
         };
-        let file = file.map_err(|file| timed_out("acquire", &file, request.wait))?;
+        let file = file.map_err(|file| timed_out("acquire", &file, wait))?;
         let clean = file.clean;
         let lease = Lease::new(id.clone(), next_token()?, request.lease).after_clean_release(clean).with_state(Some(file));
         Ok(Arc::new(lease))
@@ -209,41 +207,79 @@ pub(crate) fn holder(file: &File, waited: Duration) -> Option<Holder> {
     let mut head = [0; HEADER as usize];
     let length = read_head(file, &mut head).ok()?;
     let line = Header::decode(&head[..length]).ok();
-    let pid = stat(file).ok().and_then(|stat| lockers(stat.inode).first().copied());
+    let pid = stat(file).ok().and_then(|stat| KernelLocks::read().ok()?.holder(&stat, file));
     let pid = pid.or_else(|| line.map(|line| line.holder).filter(|pid| *pid != 0))?;
     let since = match line.filter(|line| line.holder == pid) {
         Some(line) => UNIX_EPOCH + Duration::from_millis(line.since),
-        None => SystemTime::now() - waited,
+        None => SystemTime::now().checked_sub(waited).unwrap_or(UNIX_EPOCH),
     };
     let mut holder = Holder::this_process(since);
     holder.process = format!("pid {pid}");
     Some(holder)
 }
 
-/// Returns the processes that hold a kernel lock on this inode.
-fn lockers(inode: u64) -> Vec<u64> {
-    let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
-    locks.lines().filter_map(parse_lock).filter(|lock| lock.inode == inode && !lock.ticket).map(|lock| lock.pid).collect()
+/// The kernel's list of locks: who holds which file, and how many stand in line for it.
+#[derive(Debug, Default)]
+pub(crate) struct KernelLocks(Vec<KernelLock>);
+
+/// A line of it.
+#[derive(Debug)]
+struct KernelLock {
+    device: (u32, u32),
+    inode: u64,
+    /// `None` for a place in line, which is no lock on a session.
+    holder: Option<u64>,
 }
 
-/// A line of the kernel's list of locks.
-pub(crate) struct KernelLock {
-    pub(crate) pid: u64,
-    pub(crate) inode: u64,
-    /// A place in line and not a lock on a session.
-    pub(crate) ticket: bool,
+impl KernelLocks {
+    pub(crate) fn read() -> Result<Self> {
+        let text = std::fs::read_to_string("/proc/locks").map_err(|cause| {
+            let text = "the kernel's list of locks, /proc/locks, cannot be read";
+            Error::new(ErrorKind::Unsupported, "locks", text).with_source(cause)
+        })?;
+        Ok(Self(text.lines().filter_map(KernelLock::parse).collect()))
+    }
+
+    /// Whether there is any lock on an inode of this number, of whatever file system.
+    pub(crate) fn mention(&self, inode: u64) -> bool {
+        self.0.iter().any(|lock| lock.inode == inode && lock.holder.is_some())
+    }
+
+    /// Returns the process that holds the lock on this file.
+    pub(crate) fn holder(&self, stat: &Stat, file: &File) -> Option<u64> {
+        let mut holders = self.0.iter().filter(|lock| lock.inode == stat.inode && lock.holder.is_some());
+        let found = holders.clone().find(|lock| lock.device == stat.device);
+        // Some file systems tell another device here than there; then only a try can say whether the lock is on this file.
+        let found = found.or_else(|| {
+            let held = matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock));
+            let _ = file.unlock();
+            holders.find(|_| held)
+        });
+        found.and_then(|lock| lock.holder)
+    }
+
+    /// Returns how many stand in line for this file.
+    pub(crate) fn waiting(&self, stat: &Stat) -> u64 {
+        self.0.iter().filter(|lock| lock.inode == stat.inode && lock.holder.is_none()).count() as u64
+    }
 }
 
-/// Reads one line: `1: FLOCK ADVISORY WRITE 4711 fe:00:131 0 EOF`.
-pub(crate) fn parse_lock(line: &str) -> Option<KernelLock> {
-    let words: Vec<&str> = line.split_ascii_whitespace().collect();
-    // A second word `->` marks somebody who blocks; nobody here does.
-    let [_, kind, _, "WRITE", pid, place, start, _] = words[..] else { return None };
-    let inode = place.rsplit(':').next()?.parse().ok()?;
-    match kind {
-        "FLOCK" => Some(KernelLock { pid: pid.parse().ok()?, inode, ticket: false }),
-        "OFDLCK" if wait::is_ticket(start.parse().ok()?) => Some(KernelLock { pid: 0, inode, ticket: true }),
-        _ => None,
+impl KernelLock {
+    /// Reads a line such as `1: FLOCK ADVISORY WRITE 4711 fe:00:131 0 EOF`.
+    fn parse(line: &str) -> Option<Self> {
+        let words: Vec<&str> = line.split_ascii_whitespace().collect();
+        // A second word `->` marks somebody who blocks; nobody here does.
+        let [_, kind, _, "WRITE", pid, place, start, _] = words[..] else { return None };
+        let mut place = place.split(':');
+        let mut device = || u32::from_str_radix(place.next()?, 16).ok();
+        let device = (device()?, device()?);
+        let inode = place.next()?.parse().ok()?;
+        let holder = match kind {
+            "FLOCK" => Some(pid.parse().ok()?),
+            "OFDLCK" if wait::is_ticket(start.parse().ok()?) => None,
+            _ => return None,
+        };
+        Some(Self { device, inode, holder })
     }
 }
 

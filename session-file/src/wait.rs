@@ -49,23 +49,26 @@ pub(crate) enum Attempt<T> {
 
 /// Tries until there is nothing more to wait for or `until` has come; then returns the file that is still locked.
 ///
-/// `attempt` is called when it is this waiter's turn, `peek` when it is not.
-pub(crate) async fn in_line<T, A, P>(
+/// `attempt` is called when it is this waiter's turn, `peek` when it is not, and `mark` once for each file that is waited for.
+pub(crate) async fn in_line<T, A, P, M>(
     watch: &Arc<Watch>,
     io: Io,
     mut file: File,
     until: Instant,
     attempt: A,
     peek: P,
+    mark: M,
 ) -> Result<std::result::Result<T, File>>
 where
     T: Send + 'static,
     A: Fn(File) -> Result<Attempt<T>> + Clone + Send + 'static,
     P: Fn(&File) -> Option<T> + Send,
+    M: Fn(&File) + Send,
 {
     loop {
         let ticket = Ticket::take(&file);
         let news = watch.subscribe(&file);
+        mark(&file);
         let (mut quiet, mut tick) = (0, TICK);
         loop {
             // Listening starts before trying: a release in between is not missed.
@@ -97,6 +100,12 @@ where
             };
         }
     }
+}
+
+/// When a wait that begins now is over.
+pub(crate) fn deadline(wait: Duration) -> Instant {
+    // A century is as good as for ever, and can be added.
+    Instant::now() + wait.min(Duration::from_secs(100 * 365 * 24 * 3600))
 }
 
 /// A place in the line for one file.
