@@ -4,7 +4,7 @@
 
 use std::cell::RefCell;
 use std::fs::{File, TryLockError};
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -356,6 +356,7 @@ impl SessionFile {
             if absent && manner.existing {
                 return Ok(Attempt::Done(None));
             }
+            stamp(&file, now);
             let mut this = Box::new(Self {
                 store: Arc::clone(store),
                 id: id.clone(),
@@ -402,6 +403,8 @@ impl SessionFile {
             if stat.links == 0 {
                 continue;
             }
+            let since = now();
+            stamp(&file, since);
             return Ok(Some(Box::new(Self {
                 store: Arc::clone(store),
                 id: id.clone(),
@@ -413,7 +416,7 @@ impl SessionFile {
                 creating: true,
                 empty: true,
                 stale: false,
-                since: now(),
+                since,
                 signed: false,
                 contended: false,
             })));
@@ -818,6 +821,13 @@ fn remove_damaged(store: &Store, name: &str) -> Result<bool> {
     let length = read_head(&file, &mut head).map_err(|cause| fault(OP, cause))?;
     let ours = Header::decode(&head[..length]).is_ok_and(|header| header.second.is_some());
     Ok(ours && store.dir.unlink(name, &file, OP)?)
+}
+
+/// Leaves word of since when the lock is held, for whoever waits in vain: in the offset of the open file, which nothing else uses
+/// and which the kernel shows to processes of the same user. It costs less than a write, it is there for a stopped holder too,
+/// and it goes with the holder.
+fn stamp(mut file: &File, since: u64) {
+    let _ = file.seek(SeekFrom::Start(since));
 }
 
 /// Takes the lock if it is free.

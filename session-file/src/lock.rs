@@ -201,21 +201,35 @@ pub(crate) fn timed_out(op: &'static str, file: &File, waited: Duration) -> Erro
     Error::new(ErrorKind::LockTimeout, op, text).with_holder(holder(file, waited))
 }
 
-/// Finds out who holds the lock on `file`: which process, the kernel knows; since when, the line in the header if that process
-/// wrote one, and otherwise at least as long as we have waited.
+/// Finds out who holds the lock on `file`: which process, the kernel knows; since when, the offset of the holder's file says, or the
+/// line in the header where the process cannot be looked into, and otherwise it is at least as long as we have waited.
 pub(crate) fn holder(file: &File, waited: Duration) -> Option<Holder> {
     let mut head = [0; HEADER as usize];
     let length = read_head(file, &mut head).ok()?;
     let line = Header::decode(&head[..length]).ok();
-    let pid = stat(file).ok().and_then(|stat| KernelLocks::read().ok()?.holder(&stat, file));
+    let place = stat(file).ok();
+    let pid = place.and_then(|stat| KernelLocks::read().ok()?.holder(&stat, file));
     let pid = pid.or_else(|| line.map(|line| line.holder).filter(|pid| *pid != 0))?;
-    let since = match line.filter(|line| line.holder == pid) {
-        Some(line) => UNIX_EPOCH + Duration::from_millis(line.since),
+    let line = line.filter(|line| line.holder == pid).map(|line| line.since);
+    let since = match place.and_then(|stat| stamp_of(pid, stat.inode)).or(line) {
+        Some(since) => UNIX_EPOCH + Duration::from_millis(since),
         None => SystemTime::now().checked_sub(waited).unwrap_or(UNIX_EPOCH),
     };
     let mut holder = Holder::this_process(since);
     holder.process = format!("pid {pid}");
     Some(holder)
+}
+
+/// Returns since when `pid` holds the lock on an inode, as it has left word in the offset of its file.
+fn stamp_of(pid: u64, inode: u64) -> Option<u64> {
+    let files = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).ok()?;
+    files.filter_map(|file| std::fs::read_to_string(file.ok()?.path()).ok()).find_map(|info| {
+        let field = |name: &str| info.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        let held = field("ino:")?.parse() == Ok(inode) && field("lock:")?.contains("FLOCK");
+        // A waiter of the same process has the file open too, without a lock.
+        let since = field("pos:")?.parse().ok()?;
+        (held && (1..=now()).contains(&since)).then_some(since)
+    })
 }
 
 /// The kernel's list of locks: who holds which file, and how many stand in line for it.
