@@ -2,6 +2,8 @@
 #![cfg(feature = "file")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -32,6 +34,19 @@ fn open_files(dir: &std::path::Path) -> usize {
     files.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok()).filter(|path| path.starts_with(dir)).count()
 }
 
+/// Counts when `opening` has its place in the queue: once it was polled, and not a moment before.
+async fn counted_once_polled<T>(mut opening: Pin<&mut impl Future<Output = T>>, count: &AtomicUsize) -> T {
+    let mut polled = false;
+    poll_fn(|cx| {
+        let opened = opening.as_mut().poll(cx);
+        if !std::mem::replace(&mut polled, true) {
+            count.fetch_add(1, Ordering::SeqCst);
+        }
+        opened
+    })
+    .await
+}
+
 #[test]
 fn ten_thousand_waiting_tasks_need_no_thread_each_and_are_served_in_order() {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -58,8 +73,8 @@ fn ten_thousand_waiting_tasks_need_no_thread_each_and_are_served_in_order() {
             for (n, id) in ids.iter().enumerate() {
                 let (sessions, id, order, waiting) = (sessions.clone(), id.clone(), order.clone(), waiting.clone());
                 tasks.push(tokio::spawn(async move {
-                    waiting.fetch_add(1, Ordering::SeqCst);
-                    let mut session = sessions.open(&id).await.expect("served within the wait");
+                    let session = counted_once_polled(pin!(sessions.open(&id)), &waiting).await;
+                    let mut session = session.expect("served within the wait");
                     order[n].lock().await.push(place);
                     session.update_key::<u32, _>("n", |n| n.unwrap_or(0) + 1).expect("a number");
                     session.close().await.expect("stored");
