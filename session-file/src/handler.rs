@@ -337,7 +337,7 @@ impl FileSession {
             let conflict = |text| Err(Error::new(ErrorKind::Conflict, op, text));
             let mut file = match SessionFile::open(&store, &id, None, Manner::PASSING)? {
                 Attempt::Done(Some((file, _))) => file,
-                Attempt::Busy { file, .. } if base.is_some() && peek_absent(&file) => return Err(gone(op)),
+                Attempt::Busy { file, .. } if !may_create && peek_absent(&file) => return Err(gone(op)),
                 Attempt::Busy { .. } => return conflict("somebody else holds the session; nothing was stored"),
                 Attempt::Done(None) if may_create && write.is_some() => match SessionFile::create(&store, &id)? {
                     Some(file) => file,

@@ -847,7 +847,7 @@ fn is_forgotten(file: &File) -> bool {
 
 /// Whether a file that somebody else holds has no record that lives.
 pub(crate) fn peek_absent(file: &File) -> bool {
-    load(file, false, "open").is_ok_and(|content| content.is_absent(now()))
+    stat(file).is_ok_and(|stat| stat.dead) || load(file, false, "open").is_ok_and(|content| content.is_absent(now()))
 }
 
 /// Tells later openers that somebody may stand in line until then. Only a hint: nothing but fairness depends on it.
