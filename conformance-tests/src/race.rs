@@ -531,7 +531,7 @@ async fn gc_beside_prolonging_keeps_the_prolonged(env: Env) {
                 let id = create(&env, &*handler, living("brief", brief)).await;
                 // Around the deadline: found alive or not, but never half of it.
                 tokio::time::sleep(brief - env.tick() + rng.duration(env.tick() * 2)).await;
-                let (mut opened, seen) = open_read(&*handler, &id, env.at_once()).await;
+                let (mut opened, seen) = open_read(&*handler, &id, env.patient()).await;
                 if seen.is_none() {
                     close(opened).await;
                     continue;

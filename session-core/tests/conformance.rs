@@ -114,12 +114,8 @@ mod observe {
 
     conformance_tests::handler_suite!(observed());
     conformance_tests::fence_suite!(observed());
-    conformance_tests::expiry_suite!(observed());
     conformance_tests::optimistic_suite!(observed());
-    conformance_tests::race_suite!(observed());
-    conformance_tests::cancel_suite!(observed());
     conformance_tests::hostile_suite!(observed());
-    conformance_tests::sessions_suite!(observed());
     conformance_tests::admin_suite!(observed());
 }
 
