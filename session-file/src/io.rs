@@ -751,10 +751,6 @@ impl Drop for SessionFile {
         if self.empty {
             let _ = self.store.dir.unlink(&self.store.dir.name(&self.id), &self.file, "close");
         }
-        if self.signed {
-            // The next holder may be of this process too, and not sign: the line would give him this one's age.
-            let _ = write_at(&self.file, &[0; 16], HOLDER_AT);
-        }
         if self.contended {
             // Before the file is closed, because closing is what wakes the waiters. Without it the kernel unlocks right after it
             // has told them, which the first to wait makes up for by looking twice.

@@ -288,15 +288,13 @@ fn killed_writers_lose_nothing_that_was_acknowledged_with_all_synced() {
     kill_writers("killed_writers_lose_nothing_that_was_acknowledged_with_all_synced", Durability::Full);
 }
 
-/// Runs in a child: holds a session, renews it once as whoever keeps a session open does, and saves when told.
+/// Runs in a child: holds a session, and saves when told.
 fn hold(place: &str) {
     let (dir, id) = place.split_once('|').unwrap();
     let id = SessionId::parse(id).unwrap();
     runtime().block_on(async {
         let handler = handler(Path::new(dir), Durability::None);
         let mut opened = handler.open(&id, &patient()).await.unwrap();
-        let held = opened.held().unwrap().clone();
-        held.lock.renew(&[held.lease]).await.remove(0).unwrap();
         say("held");
         wait_for_parent();
         let saved = opened.write(&record(b"of the stopped"), WriteId::random().unwrap()).await.unwrap();

@@ -234,6 +234,8 @@ fn a_logout_beside_writers_and_collectors_is_final() {
                     tokio::spawn(async move {
                         // Visitors whose session is gone are told so; nobody of them may create it.
                         loop {
+                            // Who is refused again and again must not keep his thread from the others.
+                            tokio::task::yield_now().await;
                             let mut opened = handler.open(&id, &request).await.unwrap();
                             if opened.read().await.unwrap().is_none() {
                                 assert_eq!(write(&mut opened, b"late").await.unwrap_err().kind(), ErrorKind::Gone);
