@@ -246,6 +246,9 @@ impl Sessions {
     /// If somebody took over in the middle (the process was paused for longer than its lease), nothing was stored, and the closure
     /// runs again on the newest data. It never runs again after a write of unknown fate, so it counts once.
     ///
+    /// In a task of its own (`tokio::spawn`) the closure should own what it uses: `async move |session| …` over clones. One that
+    /// borrows from outside makes a future that the compiler does not accept as `Send`.
+    ///
     /// # Errors
     /// Those of the closure, of [`open`](Self::open) and of [`Session::close`].
     ///
@@ -291,7 +294,7 @@ impl Sessions {
         }
     }
 
-    /// Destroys `id`, and what it forwards to. Never waits for a holder; a holder's later save is [`Gone`](ErrorKind::Gone).
+    /// Destroys what `id` forwards to, and `id`. Never waits for a holder; a holder's later save is [`Gone`](ErrorKind::Gone).
     /// Destroying an absent session succeeds.
     ///
     /// # Errors
@@ -461,24 +464,46 @@ impl Core {
         opening.close().await
     }
 
-    pub(crate) async fn destroy(&self, mut id: SessionId) -> Result<()> {
-        for _ in 0..=MAX_HOPS {
+    /// Destroys what `id` forwards to before `id` itself: if an answer is lost, the next call finds the forward still there.
+    pub(crate) async fn destroy(&self, id: SessionId) -> Result<()> {
+        let mut chain = vec![id];
+        while chain.len() <= MAX_HOPS {
+            let id = chain.last().expect("it begins with one");
+            match self.forward_of(id).await? {
+                Some(target) => chain.push(target),
+                None => break,
+            }
+        }
+        for _ in 0..=2 * MAX_HOPS {
+            let Some(id) = chain.pop() else { break };
             let mut open = self.handler.open(&id, &OpenRequest::destroy()).await?;
             let removed = open.destroy().await?;
             let _ = open.close().await;
-            match removed.map(|record| Payload::decode(record.data)) {
-                Some(Ok(Payload::Forward(forward))) => id = seal::open(&forward.target, &id, Purpose::Forward)?,
-                _ => break,
+            // A rotate may have come between.
+            if let Some(target) = target_of(&id, removed)? {
+                chain.push(target);
             }
         }
         Ok(())
     }
 
+    async fn forward_of(&self, id: &SessionId) -> Result<Option<SessionId>> {
+        let mut open = self.handler.open(id, &OpenRequest::read_only()).await?;
+        let record = open.read().await;
+        let _ = open.close().await;
+        match record {
+            Ok(record) => target_of(id, record),
+            // What cannot be read can still be destroyed.
+            Err(error) if error.kind() == ErrorKind::Corrupt => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Destroys what `removed` forwards to, if it does.
     pub(crate) async fn destroy_target(&self, id: &SessionId, removed: Option<Record>) -> Result<()> {
-        match removed.map(|record| Payload::decode(record.data)) {
-            Some(Ok(Payload::Forward(forward))) => self.destroy(seal::open(&forward.target, id, Purpose::Forward)?).await,
-            _ => Ok(()),
+        match target_of(id, removed)? {
+            Some(target) => self.destroy(target).await,
+            None => Ok(()),
         }
     }
 
@@ -527,5 +552,13 @@ impl Core {
     /// The life that a write or touch gives: the idle time, or what the absolute time-out leaves.
     pub(crate) fn life(&self, data: &Data) -> Option<Ttl> {
         self.absolute_left(data).map(|left| Ttl::new(left.min(self.settings.ttl)))
+    }
+}
+
+/// Where a record forwards to, if it is a forward; bytes that are nothing of ours forward nowhere.
+fn target_of(id: &SessionId, record: Option<Record>) -> Result<Option<SessionId>> {
+    match record.map(|record| Payload::decode(record.data)) {
+        Some(Ok(Payload::Forward(forward))) => seal::open(&forward.target, id, Purpose::Forward).map(Some),
+        _ => Ok(None),
     }
 }
