@@ -2,11 +2,11 @@
 //!
 //! The rules of the format are in [`layout`](crate::layout); who gets the lock is decided elsewhere.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fs::{File, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -17,8 +17,8 @@ use session_core::{Error, ErrorKind, Record, Result, SessionId, Ttl, WriteId, Wr
 use crate::config::{Durability, FileConfig, Io};
 use crate::dir::{Dir, Plain, fault, mark_dead, stat};
 use crate::layout::{
-    DEAD, DEAD_AT, ENTRY, Entry, FIRST_READ, FIXED, HEADER, HOLDER_AT, Header, Place, WAITING_AT, checksum, entry_at,
-    first_sequence, place_payload,
+    DEAD, DEAD_AT, ENTRY, Entry, FIRST_READ, FIXED, HEADER, HOLDER_AT, Header, Place, UNSYNCED_AT, WAITING_AT, checksum,
+    entry_at, first_sequence, place_payload,
 };
 use crate::wait::{self, Attempt, Watch};
 
@@ -70,14 +70,14 @@ pub(crate) struct Content {
     pub(crate) header: Header,
     /// The entry in force and where it stands.
     pub(crate) current: Option<(Entry, Place)>,
-    /// Whether the other entry is void: then the one in force is known to have reached the disk.
+    /// Whether the entry in force is known to have reached the disk: then the other one is void.
     settled: bool,
     data: Vec<u8>,
 }
 
 impl Content {
     const NEW: Self = Self {
-        header: Header { second: None, dead: false, waiting: 0, holder: 0, since: 0 },
+        header: Header { second: None, unsynced: false, dead: false, waiting: 0, holder: 0, since: 0 },
         current: None,
         settled: true,
         data: Vec::new(),
@@ -98,6 +98,8 @@ impl Content {
 thread_local! {
     /// What is read, always [`FIRST_READ`] long.
     static HEAD: RefCell<Vec<u8>> = RefCell::new(vec![0; FIRST_READ]);
+    /// The last answer of [`recent_limit`], and when it was given.
+    static LIMIT: Cell<Option<(u64, Instant)>> = const { Cell::new(None) };
     /// What is written.
     static TAIL: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
@@ -159,7 +161,8 @@ fn judge(file: &File, bytes: &[u8], locked: bool) -> Result<Option<Content>, Dam
         if let Some(entry) = Entry::decode(raw)
             && let Some(data) = payload(file, bytes, &entry)?
         {
-            let settled = order.iter().all(|(other, raw)| other == place || Entry::claimed(raw) == 0);
+            let void = order.iter().all(|(other, raw)| other == place || Entry::claimed(raw) == 0);
+            let settled = void && !header.unsynced;
             return Ok(Some(Content { header, current: Some((entry, *place)), settled, data }));
         }
         if !locked {
@@ -215,7 +218,7 @@ fn read_at(file: &File, bytes: &mut [u8], at: u64) -> io::Result<usize> {
 
 /// Writes all of `bytes`, or refuses what is beyond the limit of this process, even within a file: the kernel would kill.
 pub(crate) fn write_at(file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
-    if getrlimit(Resource::RLIMIT_FSIZE).is_ok_and(|(limit, _)| at + bytes.len() as u64 > limit) {
+    if at + bytes.len() as u64 > recent_limit() {
         return Err(Errno::EFBIG.into());
     }
     let mut done = 0;
@@ -235,11 +238,13 @@ pub(crate) fn write_at(file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
 pub(crate) struct SessionFile {
     store: Arc<Store>,
     id: SessionId,
-    file: File,
+    file: Claim,
     size: u64,
     second: Option<u64>,
     current: Option<(Entry, Place)>,
     settled: bool,
+    /// No write of this file is known to have reached the disk.
+    unsynced: bool,
     /// The record was absent when the lock was taken, and nothing was written since: the next write creates it.
     creating: bool,
     /// Nobody wrote anything: the file goes with the lock.
@@ -249,8 +254,6 @@ pub(crate) struct SessionFile {
     since: u64,
     /// Whether the holder line is written.
     signed: bool,
-    /// Whether somebody may be waiting.
-    contended: bool,
 }
 
 /// What an opener with a lock found.
@@ -311,8 +314,8 @@ impl SessionFile {
                     }
                 },
             };
-            let free = try_lock(&file, OP)?;
-            let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
+            let claim = Claim::take(file, OP)?;
+            let stat = stat(claim.as_deref().unwrap_or_else(|file| file)).map_err(|cause| fault(OP, cause))?;
             match dir.judge(&stat, OP)? {
                 Plain::Ours => {}
                 Plain::Unlinked => {
@@ -327,9 +330,10 @@ impl SessionFile {
                 moved = true;
                 continue;
             }
-            if !free {
-                return Ok(Attempt::Busy { file, moved });
-            }
+            let file = match claim {
+                Ok(claim) => claim,
+                Err(file) => return Ok(Attempt::Busy { file, moved }),
+            };
             let size = stat.size;
             let mut content = if size == 0 { Content::NEW } else { load(&file, true, OP)? };
             content.header.dead |= stat.dead;
@@ -365,12 +369,12 @@ impl SessionFile {
                 second: content.header.second,
                 current: content.current,
                 settled: content.settled,
+                unsynced: content.header.unsynced,
                 creating: absent,
                 empty: new || content.current.is_none(),
                 stale: false,
                 since: now,
                 signed: false,
-                contended: manner.turn != Turn::Newcomer || content.header.waiting > now,
             });
             if manner.turn == Turn::First {
                 // Where one waited, others may be waiting who want to know for whom.
@@ -396,10 +400,8 @@ impl SessionFile {
         for _ in 0..OPEN_AGAIN {
             let Some(file) = store.dir.create_file(&name, OP)? else { return Ok(None) };
             // Somebody may have found the file between these two calls; a collector takes it away, anybody else has it then.
-            if !try_lock(&file, OP)? {
-                return Ok(None);
-            }
-            let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
+            let Ok(file) = Claim::take(file, OP)? else { return Ok(None) };
+            let stat = stat(&*file).map_err(|cause| fault(OP, cause))?;
             if stat.links == 0 {
                 continue;
             }
@@ -413,12 +415,12 @@ impl SessionFile {
                 second: None,
                 current: None,
                 settled: true,
+                unsynced: false,
                 creating: true,
                 empty: true,
                 stale: false,
                 since,
                 signed: false,
-                contended: false,
             })));
         }
         Err(Error::new(ErrorKind::Unavailable, OP, "a new session file was taken away again and again"))
@@ -517,10 +519,8 @@ impl SessionFile {
         const OP: &str = "gc";
         let name = store.dir.name(id);
         let Some(file) = store.dir.open_file(&name, true, OP)? else { return Ok(None) };
-        if !try_lock(&file, OP)? {
-            return Ok(None);
-        }
-        let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
+        let Ok(file) = Claim::take(file, OP)? else { return Ok(None) };
+        let stat = stat(&*file).map_err(|cause| fault(OP, cause))?;
         if store.dir.judge(&stat, OP)? != Plain::Ours {
             return Ok(None);
         }
@@ -533,7 +533,7 @@ impl SessionFile {
             None => is_forgotten(&file),
         };
         let removed = forgotten && store.dir.unlink(&name, &file, OP)?;
-        let _ = file.unlock();
+        drop(file);
         if removed && store.config.durability == Durability::Full {
             store.dir.sync(&name).map_err(|cause| fault(OP, cause))?;
         }
@@ -547,7 +547,7 @@ impl SessionFile {
         if durability >= Durability::Data && self.current.is_some() {
             // A removed name may come back after a power cut; the dead byte does not go again.
             write_at(&self.file, &[DEAD], DEAD_AT).map_err(|cause| unknown(fault(op, cause)))?;
-            self.file.sync_data().map_err(|cause| unknown(fault(op, cause)))?;
+            sync(&self.file).map_err(|cause| unknown(fault(op, cause)))?;
         }
         let name = dir.name(&self.id);
         let removed = dir.unlink(&name, &self.file, op).map_err(unknown)?;
@@ -583,7 +583,8 @@ impl SessionFile {
     fn reload(&mut self, op: &'static str) -> Result<Content> {
         let mut content = load(&self.file, true, op)?;
         (self.second, self.current, self.settled) = (content.header.second, content.current, content.settled);
-        let stat = stat(&self.file).map_err(|cause| fault(op, cause))?;
+        self.unsynced = content.header.unsynced;
+        let stat = stat(&*self.file).map_err(|cause| fault(op, cause))?;
         self.size = stat.size;
         content.header.dead |= stat.dead;
         self.stale = false;
@@ -595,7 +596,7 @@ impl SessionFile {
         let durable = keep && self.store.config.durability >= Durability::Data;
         if durable && !self.settled {
             // The other entry is the last one that the disk has for sure, until the one in force has got there.
-            self.file.sync_data().map_err(|cause| fault(op, cause).with_kind(ErrorKind::Unavailable))?;
+            sync(&self.file).map_err(|cause| fault(op, cause).with_kind(ErrorKind::Unavailable))?;
             self.settled = true;
         }
         self.stale = true;
@@ -613,25 +614,31 @@ impl SessionFile {
         self.check(op)?;
         let before = self.current.replace((entry, target));
         let created = self.creating;
-        let was_settled = before.is_none();
         (self.creating, self.empty) = (false, false);
         if durable {
-            self.file.sync_data().map_err(|cause| fault(op, cause).with_kind(ErrorKind::Unknown))?;
+            sync(&self.file).map_err(|cause| fault(op, cause).with_kind(ErrorKind::Unknown))?;
             if created && self.store.config.durability == Durability::Full {
                 let name = self.store.dir.name(&self.id);
                 self.store.dir.sync(&name).map_err(|cause| fault(op, cause).with_kind(ErrorKind::Unknown))?;
             }
-            // From here on nothing may fall back to the old entry, and the next writer need not wonder.
-            let second = self.second.unwrap_or(HEADER);
-            self.settled = was_settled || write_at(&self.file, &[0; 8], entry_at(target.other(), second)).is_ok();
+            self.settle(before.map(|(_, place)| place));
         } else {
-            self.settled = was_settled;
+            self.settled = false;
         }
         if let Some((before, _)) = before {
             self.shrink(&before, &entry);
         }
         self.stale = false;
         Ok(())
+    }
+
+    /// Notes that the entry in force has reached the disk: nothing may fall back to the one before, and the next writer need not
+    /// wonder. If this fails, he syncs once more.
+    fn settle(&mut self, before: Option<Place>) {
+        let second = self.second.unwrap_or(HEADER);
+        let void = before.is_none_or(|place| write_at(&self.file, &[0; 8], entry_at(place, second)).is_ok());
+        self.unsynced = self.unsynced && write_at(&self.file, &[0], UNSYNCED_AT).is_err();
+        self.settled = void && !self.unsynced;
     }
 
     fn target(&self) -> Place {
@@ -697,7 +704,7 @@ impl SessionFile {
         }
         let fixed: [u8; FIXED] = Header::fixed(second);
         write_at(&self.file, &fixed, 0).map_err(|cause| self.refused(cause, op))?;
-        self.second = Some(second);
+        (self.second, self.unsynced) = (Some(second), true);
         Ok(())
     }
 
@@ -709,7 +716,7 @@ impl SessionFile {
             // to allocate costs a transaction of its own.
             return Ok(());
         }
-        match fallocate(&self.file, FallocateFlags::empty(), self.size as i64, (end - self.size) as i64) {
+        match fallocate(&*self.file, FallocateFlags::empty(), self.size as i64, (end - self.size) as i64) {
             Ok(()) | Err(Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINTR) => Ok(()),
             Err(errno) => Err(self.refused(errno.into(), op)),
         }
@@ -734,13 +741,13 @@ impl SessionFile {
 
     /// Whether the file is still the one that holds the session.
     fn check(&self, op: &'static str) -> Result<()> {
-        let stat = stat(&self.file).map_err(|cause| fault(op, cause).with_kind(ErrorKind::Unknown))?;
+        let stat = stat(&*self.file).map_err(|cause| fault(op, cause).with_kind(ErrorKind::Unknown))?;
         if stat.dead || stat.links == 0 { Err(gone(op)) } else { Ok(()) }
     }
 
     /// Removes the file if it was destroyed under its holder, who is the owner of the lock.
     pub(crate) fn bury(&self) {
-        if stat(&self.file).is_ok_and(|stat| stat.dead) {
+        if stat(&*self.file).is_ok_and(|stat| stat.dead) {
             let _ = self.store.dir.unlink(&self.store.dir.name(&self.id), &self.file, "close");
         }
     }
@@ -750,11 +757,6 @@ impl Drop for SessionFile {
     fn drop(&mut self) {
         if self.empty {
             let _ = self.store.dir.unlink(&self.store.dir.name(&self.id), &self.file, "close");
-        }
-        if self.contended {
-            // Before the file is closed, because closing is what wakes the waiters. Without it the kernel unlocks right after it
-            // has told them, which the first to wait makes up for by looking twice.
-            let _ = self.file.unlock();
         }
     }
 }
@@ -783,13 +785,16 @@ pub(crate) fn destroy(store: &Arc<Store>, id: &SessionId) -> Result<Option<Recor
         if before.size >= HEADER {
             write_at(&file, &[DEAD], DEAD_AT).map_err(unknown)?;
             if store.config.durability >= Durability::Data {
-                file.sync_data().map_err(unknown)?;
+                sync(&file).map_err(unknown)?;
             }
         }
-        if try_lock(&file, OP)? {
-            dir.unlink(&name, &file, OP).map_err(|error| error.with_kind(ErrorKind::Unknown))?;
-            let _ = file.unlock();
-        }
+        let file = match Claim::take(file, OP)? {
+            Ok(claim) => {
+                dir.unlink(&name, &claim, OP).map_err(|error| error.with_kind(ErrorKind::Unknown))?;
+                claim.release()
+            }
+            Err(file) => file,
+        };
         let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
         let removed = match after {
             Ok(content) => content.live(now()).map(|(record, _)| record),
@@ -810,9 +815,10 @@ fn remove_damaged(store: &Store, name: &str) -> Result<bool> {
     const OP: &str = "destroy";
     let Some(file) = store.dir.open_file(name, true, OP)? else { return Ok(false) };
     let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
-    if store.dir.judge(&stat, OP)? != Plain::Ours || !try_lock(&file, OP)? {
+    if store.dir.judge(&stat, OP)? != Plain::Ours {
         return Ok(false);
     }
+    let Ok(file) = Claim::take(file, OP)? else { return Ok(false) };
     let mut head = [0; HEADER as usize];
     let length = read_head(&file, &mut head).map_err(|cause| fault(OP, cause))?;
     let ours = Header::decode(&head[..length]).is_ok_and(|header| header.second.is_some());
@@ -826,12 +832,45 @@ fn stamp(mut file: &File, since: u64) {
     let _ = file.seek(SeekFrom::Start(since));
 }
 
-/// Takes the lock if it is free.
-pub(crate) fn try_lock(file: &File, op: &'static str) -> Result<bool> {
-    match file.try_lock() {
-        Ok(()) => Ok(true),
-        Err(TryLockError::WouldBlock) => Ok(false),
-        Err(TryLockError::Error(cause)) => Err(fault(op, cause)),
+/// A file whose lock is ours until this is dropped.
+///
+/// It is given back by a call of its own before the file is closed. Closing is what wakes the waiters, so it must come second; and
+/// a process that is just being started has a copy of every descriptor for a moment, with which the lock would live on.
+#[derive(Debug)]
+pub(crate) struct Claim(Option<File>);
+
+impl Claim {
+    /// Takes the lock on a file if it is free, and returns the file if it is not.
+    pub(crate) fn take(file: File, op: &'static str) -> Result<std::result::Result<Self, File>> {
+        match file.try_lock() {
+            Ok(()) => Ok(Ok(Self(Some(file)))),
+            Err(TryLockError::WouldBlock) => Ok(Err(file)),
+            Err(TryLockError::Error(cause)) => Err(fault(op, cause)),
+        }
+    }
+
+    /// Gives the lock back and keeps the file open.
+    fn release(mut self) -> File {
+        let file = self.0.take().expect("only this and the drop take it");
+        let _ = file.unlock();
+        file
+    }
+}
+
+impl std::ops::Deref for Claim {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        self.0.as_ref().expect("it is there until the end")
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if let Some(file) = &self.0 {
+            // There is nothing that could be done about it; closing comes next.
+            let _ = file.unlock();
+        }
     }
 }
 
@@ -863,6 +902,15 @@ fn after(now: u64, length: Duration) -> u64 {
     now.saturating_add(u64::try_from(length.as_millis()).unwrap_or(u64::MAX))
 }
 
+/// Waits until what was written is on the disk.
+fn sync(file: &File) -> io::Result<()> {
+    #[cfg(test)]
+    if tests::SYNC_FAILS.take() {
+        return Err(Errno::EIO.into());
+    }
+    file.sync_data()
+}
+
 /// Refuses a payload over the limit.
 pub(crate) fn too_large(store: &Store, length: usize, op: &'static str) -> Result<()> {
     let most = store.config.max_bytes;
@@ -888,6 +936,20 @@ fn is_full(error: &Error) -> bool {
     matches!(errno, Some(Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG))
 }
 
+/// The limit of this process for the length of its files, as it was at most a tenth of a second ago: who lowers it does so when
+/// his process begins, and asking costs as much as looking for a session.
+fn recent_limit() -> u64 {
+    let now = Instant::now();
+    LIMIT.with(|last| match last.get() {
+        Some((limit, asked)) if now.duration_since(asked) < Duration::from_millis(100) => limit,
+        _ => {
+            let limit = getrlimit(Resource::RLIMIT_FSIZE).map_or(u64::MAX, |(limit, _)| limit);
+            last.set(Some((limit, now)));
+            limit
+        }
+    })
+}
+
 /// Refuses to grow a file beyond the limit of this process: the kernel would not refuse but kill.
 fn within_limit(end: u64, op: &'static str) -> Result<()> {
     match getrlimit(Resource::RLIMIT_FSIZE) {
@@ -896,5 +958,80 @@ fn within_limit(end: u64, op: &'static str) -> Result<()> {
             Err(Error::new(ErrorKind::Unavailable, op, text))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    thread_local! {
+        /// Makes the next sync of this thread fail, once, as a disk does: the kernel does not say it a second time.
+        pub(super) static SYNC_FAILS: Cell<bool> = const { Cell::new(false) };
+    }
+
+    fn store(root: &tempfile::TempDir) -> Arc<Store> {
+        let config = FileConfig::new(root.path().join("sessions"));
+        let dir = Arc::new(Dir::open(&config).unwrap());
+        Arc::new(Store { dir, config, watch: Arc::default() })
+    }
+
+    fn open(store: &Arc<Store>, id: &SessionId) -> Box<SessionFile> {
+        match SessionFile::open(store, id, None, Manner::PASSING).unwrap() {
+            Attempt::Done(Some((file, _))) => file,
+            _ => panic!("the session is there and free"),
+        }
+    }
+
+    #[test]
+    fn a_failed_sync_is_unknown_and_its_repeat_writes_everything_again() {
+        let root = tempfile::tempdir().unwrap();
+        let store = store(&root);
+        let (id, ttl) = (SessionId::generate().unwrap(), Ttl::from_secs(60));
+        let mut file = SessionFile::create(&store, &id).unwrap().unwrap();
+        for data in [b"first".as_slice(), b"second", b"third"] {
+            let name = WriteId::random().unwrap();
+            SYNC_FAILS.set(true);
+            assert_eq!(file.write(data, ttl, name).unwrap_err().kind(), ErrorKind::Unknown);
+            let place = file.reload("test").unwrap().current.unwrap().1;
+            let again = file.write(data, ttl, name).unwrap();
+            assert_eq!(again, Written::Applied, "what may not be on the disk is not called applied before");
+            assert_ne!(file.current.unwrap().1, place, "the repeat left the write alone that failed");
+            assert_eq!(file.write(data, ttl, name).unwrap(), Written::AlreadyApplied);
+            assert_eq!(file.read().unwrap().unwrap().0.data, data);
+        }
+    }
+
+    #[test]
+    fn a_write_that_may_not_be_on_the_disk_is_synced_before_the_one_below_it_goes() {
+        let root = tempfile::tempdir().unwrap();
+        let store = store(&root);
+        let (id, ttl) = (SessionId::generate().unwrap(), Ttl::from_secs(60));
+        let mut file = SessionFile::create(&store, &id).unwrap().unwrap();
+        file.write(b"on the disk", ttl, WriteId::random().unwrap()).unwrap();
+        // A touch of the renewal is not synced; a writer that was killed before his sync leaves the same.
+        file.renew(Duration::from_secs(3600)).unwrap();
+        drop(file);
+        let mut file = open(&store, &id);
+        let before = file.reload("test").unwrap().current;
+        SYNC_FAILS.set(true);
+        let error = file.write(b"next", ttl, WriteId::random().unwrap()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "nothing was written yet");
+        assert_eq!(file.reload("test").unwrap().current, before);
+        file.write(b"next", ttl, WriteId::random().unwrap()).unwrap();
+        drop(file);
+        assert_eq!(open(&store, &id).read().unwrap().unwrap().0.data, b"next");
+    }
+
+    #[test]
+    fn a_destroy_whose_sync_fails_is_unknown_and_can_be_repeated() {
+        let root = tempfile::tempdir().unwrap();
+        let store = store(&root);
+        let (id, ttl) = (SessionId::generate().unwrap(), Ttl::from_secs(60));
+        SessionFile::create(&store, &id).unwrap().unwrap().write(b"data", ttl, WriteId::random().unwrap()).unwrap();
+        SYNC_FAILS.set(true);
+        assert_eq!(destroy(&store, &id).unwrap_err().kind(), ErrorKind::Unknown);
+        assert_eq!(destroy(&store, &id).unwrap(), None);
+        assert!(std::fs::read_dir(&store.config.dir).unwrap().next().is_none());
     }
 }

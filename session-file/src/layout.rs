@@ -1,7 +1,7 @@
 //! The session file: what stands where, and which of its two entries is the state.
 //!
 //! ```text
-//!       0   magic and version (8), place of the second entry (4), zero (4)      written once, last of all at creation
+//!       0   magic and version (8), place of the second entry (4), unsynced (1), zero (3)      last of all at creation
 //!      16   dead (1): a destroy that could not get the lock; nothing clears it, and the sticky bit of the file says the same
 //!      24   waiting (8): until when somebody may be queueing, milliseconds since 1970; advisory
 //!      32   holder (8), since (8): who holds the lock; advisory
@@ -24,8 +24,10 @@ pub(crate) const MAGIC: [u8; 8] = *b"skfile\0\x01";
 pub(crate) const HEADER: u64 = 64;
 /// The length of an entry.
 pub(crate) const ENTRY: u64 = 64;
-/// What is written once: magic, version and the place of the second entry.
+/// What makes a file a session file: magic, version, the place of the second entry, the unsynced byte.
 pub(crate) const FIXED: usize = 16;
+/// The place of the unsynced byte: one until a write is known to have reached the disk.
+pub(crate) const UNSYNCED_AT: u64 = 12;
 /// The place of the dead byte.
 pub(crate) const DEAD_AT: u64 = 16;
 /// The dead byte of a destroyed session.
@@ -64,6 +66,7 @@ impl Place {
 pub(crate) struct Header {
     /// Where the second entry stands; `None` while no write has created the record.
     pub(crate) second: Option<u64>,
+    pub(crate) unsynced: bool,
     pub(crate) dead: bool,
     pub(crate) waiting: u64,
     pub(crate) holder: u64,
@@ -87,7 +90,7 @@ impl Header {
         let number = |at: u64| u64::from_le_bytes(eight(&head, at as usize));
         let (waiting, holder, since) = (number(WAITING_AT), number(HOLDER_AT), number(HOLDER_AT + 8));
         if head[..FIXED].iter().all(|byte| *byte == 0) {
-            return Ok(Self { second: None, dead: dead?, waiting, holder, since });
+            return Ok(Self { second: None, unsynced: false, dead: dead?, waiting, holder, since });
         }
         if head[..7] != MAGIC[..7] {
             return Err("it is not a session file of this library");
@@ -99,10 +102,11 @@ impl Header {
             return Err("it is cut off within the header");
         }
         let second = u64::from(u32::from_le_bytes([head[8], head[9], head[10], head[11]]));
-        if !SECONDS.contains(&second) || head[12..FIXED] != [0; 4] {
+        let unsynced = head[UNSYNCED_AT as usize];
+        if !SECONDS.contains(&second) || unsynced > 1 || head[13..FIXED] != [0; 3] {
             return Err("the header is damaged");
         }
-        Ok(Self { second: Some(second), dead: dead?, waiting, holder, since })
+        Ok(Self { second: Some(second), unsynced: unsynced == 1, dead: dead?, waiting, holder, since })
     }
 
     /// The bytes that make a file with entries a session file.
@@ -110,6 +114,7 @@ impl Header {
         let mut bytes = [0; FIXED];
         bytes[..8].copy_from_slice(&MAGIC);
         bytes[8..].copy_from_slice(&second.to_le_bytes());
+        bytes[UNSYNCED_AT as usize] = 1;
         bytes
     }
 

@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 
 use crate::config::FileConfig;
 use crate::dir::{Dir, Plain, Stat, fault, stat};
-use crate::io::{SessionFile, Store, gone, mark_waiting, now, pooled, read_head, run, try_lock, write_at};
+use crate::io::{Claim, SessionFile, Store, gone, mark_waiting, now, pooled, read_head, run, write_at};
 use crate::layout::{HEADER, HOLDER_AT, Header};
 use crate::wait::{self, Attempt, Watch, deadline, in_line};
 
@@ -322,7 +322,7 @@ const RELEASED: u8 = 2;
 struct LockFile {
     store: Arc<Store>,
     name: String,
-    file: File,
+    file: Claim,
     /// Whether the holder before let go himself, and was not killed: he may have had a write under way.
     clean: bool,
 }
@@ -341,8 +341,8 @@ impl LockFile {
                 },
             };
             let Some(file) = found else { continue };
-            let free = try_lock(&file, OP)?;
-            let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
+            let claim = Claim::take(file, OP)?;
+            let stat = stat(claim.as_deref().unwrap_or_else(|file| file)).map_err(|cause| fault(OP, cause))?;
             match dir.judge(&stat, OP)? {
                 Plain::Ours if dir.is_named(name, &stat) => {}
                 Plain::Ours | Plain::Unlinked => {
@@ -353,9 +353,10 @@ impl LockFile {
                     return Err(Error::new(ErrorKind::Corrupt, OP, "a lock file is not ours; it was left alone"));
                 }
             }
-            if !free {
-                return Ok(Attempt::Busy { file, moved });
-            }
+            let file = match claim {
+                Ok(claim) => claim,
+                Err(file) => return Ok(Attempt::Busy { file, moved }),
+            };
             let mut head = [0; HEADER as usize];
             read_head(&file, &mut head).map_err(|cause| fault(OP, cause))?;
             let waiting = Header::decode(&head).map_or(0, |header| header.waiting);
@@ -381,7 +382,7 @@ impl LockFile {
     }
 
     fn is_there(&self) -> Result<bool> {
-        stat(&self.file).map(|stat| stat.links > 0).map_err(|cause| fault("renew", cause))
+        stat(&*self.file).map(|stat| stat.links > 0).map_err(|cause| fault("renew", cause))
     }
 
     fn release(self) {
@@ -391,6 +392,5 @@ impl LockFile {
         if !kept {
             let _ = self.store.dir.unlink(&self.name, &self.file, "release");
         }
-        let _ = self.file.unlock();
     }
 }
