@@ -101,7 +101,9 @@ impl SessionAdmin for FileHandler {
         let work = move || -> Result<bool> {
             let Some(file) = store.dir.open_file(&store.dir.name(&id), false, OP)? else { return Ok(false) };
             let stat = stat(&file).map_err(|cause| fault(OP, cause))?;
-            if store.dir.judge(&stat, OP)? != Plain::Ours || KernelLocks::read()?.holder(&stat, &file).is_none() {
+            if store.dir.judge(&stat, OP)? != Plain::Ours
+                || KernelLocks::read(|locks| locks.holder(&stat, &file).is_some())?.holder(&stat, &file).is_none()
+            {
                 return Ok(false);
             }
             let text = "a kernel lock ends only with its holder; end that process";
@@ -139,7 +141,7 @@ impl FileHandler {
 
     fn held(&self, limit: NonZeroU32) -> Result<Vec<LockInfo>> {
         const OP: &str = "locks";
-        let (dir, kernel) = (&self.store.dir, KernelLocks::read()?);
+        let (dir, kernel) = (&self.store.dir, KernelLocks::read(|_| false)?);
         let mut walk = dir.walk();
         let mut locks = Vec::new();
         while let Some((id, inode)) = walk.next()? {

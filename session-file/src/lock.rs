@@ -3,6 +3,7 @@
 //! A kernel lock has no lease: it ends when its holder lets go or his process ends, never before, however long he is stopped.
 
 use std::fs::{File, TryLockError};
+use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -208,7 +209,8 @@ pub(crate) fn holder(file: &File, waited: Duration) -> Option<Holder> {
     let length = read_head(file, &mut head).ok()?;
     let line = Header::decode(&head[..length]).ok();
     let place = stat(file).ok();
-    let pid = place.and_then(|stat| KernelLocks::read().ok()?.holder(&stat, file));
+    let pid =
+        place.and_then(|stat| KernelLocks::read(|locks| locks.holder(&stat, file).is_some()).ok()?.holder(&stat, file));
     let pid = pid.or_else(|| line.map(|line| line.holder).filter(|pid| *pid != 0))?;
     let line = line.filter(|line| line.holder == pid).map(|line| line.since);
     let since = match place.and_then(|stat| stamp_of(pid, stat.inode)).or(line) {
@@ -236,22 +238,51 @@ fn stamp_of(pid: u64, inode: u64) -> Option<u64> {
 #[derive(Debug, Default)]
 pub(crate) struct KernelLocks(Vec<KernelLock>);
 
+/// How often the list is read at most.
+const LOOKS: u32 = 4;
+
+/// Reads a file of the kernel's in as few calls as it allows; what is read a few bytes at a time has more time to change.
+fn whole_pages(path: &str) -> std::io::Result<String> {
+    let mut file = File::open(path)?;
+    let (mut text, mut page) = (Vec::new(), vec![0; 64 << 10]);
+    loop {
+        match file.read(&mut page)? {
+            0 => return Ok(String::from_utf8_lossy(&text).into_owned()),
+            length => text.extend_from_slice(&page[..length]),
+        }
+    }
+}
+
 /// A line of it.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 struct KernelLock {
     device: (u32, u32),
     inode: u64,
+    /// Where it begins, which tells two places in line apart.
+    start: u64,
     /// `None` for a place in line, which is no lock on a session.
     holder: Option<u64>,
 }
 
 impl KernelLocks {
-    pub(crate) fn read() -> Result<Self> {
-        let text = std::fs::read_to_string("/proc/locks").map_err(|cause| {
-            let text = "the kernel's list of locks, /proc/locks, cannot be read";
-            Error::new(ErrorKind::Unsupported, "locks", text).with_source(cause)
-        })?;
-        Ok(Self(text.lines().filter_map(KernelLock::parse).collect()))
+    /// Reads the list until it is `complete`, but only so often: the kernel hands it out page by page, and a lock that is held
+    /// all the time can be passed over while others come and go.
+    pub(crate) fn read(complete: impl Fn(&Self) -> bool) -> Result<Self> {
+        let mut all = Self::default();
+        for _ in 0..LOOKS {
+            let text = whole_pages("/proc/locks").map_err(|cause| {
+                let text = "the kernel's list of locks, /proc/locks, cannot be read";
+                Error::new(ErrorKind::Unsupported, "locks", text).with_source(cause)
+            })?;
+            let before = std::mem::take(&mut all.0);
+            all.0.extend(text.lines().filter_map(KernelLock::parse));
+            let missed = before.into_iter().filter(|lock| !all.0.contains(lock)).collect::<Vec<_>>();
+            all.0.extend(missed);
+            if complete(&all) {
+                break;
+            }
+        }
+        Ok(all)
     }
 
     /// Whether there is any lock on an inode of this number, of whatever file system.
@@ -288,12 +319,13 @@ impl KernelLock {
         let mut device = || u32::from_str_radix(place.next()?, 16).ok();
         let device = (device()?, device()?);
         let inode = place.next()?.parse().ok()?;
+        let start = start.parse().ok()?;
         let holder = match kind {
             "FLOCK" => Some(pid.parse().ok()?),
-            "OFDLCK" if wait::is_ticket(start.parse().ok()?) => None,
+            "OFDLCK" if wait::is_ticket(start) => None,
             _ => return None,
         };
-        Some(Self { device, inode, holder })
+        Some(Self { device, inode, start, holder })
     }
 }
 
