@@ -3,6 +3,8 @@
 use std::fs;
 use std::num::NonZeroU32;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use nix::sys::signal::Signal;
@@ -72,6 +74,33 @@ async fn a_stopped_holder_keeps_its_lock_and_its_save_is_applied() {
     child.go_on();
     assert_eq!(child.line().as_deref(), Some("Ok(Applied)"));
     assert_eq!(view(&store.handler, &id).await.unwrap().as_deref(), Some(&b"from the child"[..]));
+}
+
+#[tokio::test]
+async fn a_holder_is_named_while_others_lock_and_unlock_without_end() {
+    let store = Store::new();
+    let id = create(&store.handler, record("old")).await;
+    let held = open(&store.handler, &id, patient()).await;
+    let over = Arc::new(AtomicBool::new(false));
+    let others = [(); 2].map(|()| {
+        let over = Arc::clone(&over);
+        std::thread::spawn(move || {
+            let files: Vec<_> = (0..400).map(|_| tempfile::tempfile().unwrap()).collect();
+            while !over.load(Ordering::Relaxed) {
+                files.iter().for_each(|file| file.lock().unwrap());
+                files.iter().for_each(|file| file.unlock().unwrap());
+            }
+        })
+    });
+    let mut unnamed = 0;
+    for _ in 0..300 {
+        let error = store.handler.open(&id, &at_once()).await.unwrap_err();
+        unnamed += usize::from(error.holder().is_none());
+    }
+    over.store(true, Ordering::Relaxed);
+    others.into_iter().for_each(|thread| thread.join().unwrap());
+    drop(held);
+    assert_eq!(unnamed, 0, "of 300 answers");
 }
 
 #[tokio::test]
