@@ -12,7 +12,7 @@ use session_core::{Cursor, Error, ErrorKind, LockInfo, Page, Result, SessionAdmi
 
 use crate::dir::{Dir, Plain, Walk, fault, stat};
 use crate::handler::FileHandler;
-use crate::io::{SessionFile, Store, load, now, read_head, run};
+use crate::io::{SessionFile, Store, is_forgotten, load, now, read_head, run};
 use crate::layout::{HEADER, Header};
 use crate::lock::{KernelLocks, holder};
 
@@ -62,8 +62,12 @@ fn looks_dead(store: &Arc<Store>, id: &SessionId) -> Result<bool> {
     let length = read_head(&file, &mut head).map_err(|cause| fault(OP, cause))?;
     let head = &head[..length];
     let Ok(header) = Header::decode(head) else { return Ok(false) };
-    if header.dead || header.second.is_none() {
+    if header.dead {
         return Ok(true);
+    }
+    if header.second.is_none() {
+        // Somebody may have created it this moment; a collector who locks it, however shortly, is in his way.
+        return Ok(is_forgotten(&file));
     }
     Ok(load(&file, false, OP)?.is_absent(now()))
 }

@@ -875,7 +875,7 @@ impl Drop for Claim {
 }
 
 /// Whether a file that nobody has written yet is old enough that nobody will.
-fn is_forgotten(file: &File) -> bool {
+pub(crate) fn is_forgotten(file: &File) -> bool {
     let changed = file.metadata().and_then(|meta| meta.modified());
     changed.is_ok_and(|changed| changed.elapsed().is_ok_and(|age| age > FORGOTTEN))
 }

@@ -48,6 +48,12 @@ conformance_tests::handler_suite!(unsynced());
 conformance_tests::lock_suite!(unsynced());
 conformance_tests::fence_suite!(unsynced());
 conformance_tests::expiry_suite!(unsynced());
+conformance_tests::optimistic_suite!(unsynced());
+conformance_tests::race_suite!(unsynced());
+conformance_tests::cancel_suite!(unsynced());
+conformance_tests::hostile_suite!(unsynced());
+conformance_tests::admin_suite!(unsynced());
+conformance_tests::sessions_suite!(unsynced());
 conformance_tests::processes_suite!(unsynced());
 
 mod data {
@@ -59,6 +65,10 @@ mod data {
 
     conformance_tests::handler_suite!(data());
     conformance_tests::fence_suite!(data());
+    conformance_tests::optimistic_suite!(data());
+    conformance_tests::race_suite!(data());
+    conformance_tests::cancel_suite!(data());
+    conformance_tests::sessions_suite!(data());
     conformance_tests::processes_suite!(data());
 }
 
