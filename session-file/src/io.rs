@@ -509,8 +509,15 @@ impl SessionFile {
             Err(error) if error.kind() == ErrorKind::Corrupt && self.second.is_some() => Content::NEW,
             content => content?,
         };
-        self.remove(OP)?;
-        Ok(content.live(now()).map(|(record, _)| record).filter(|_| !creating))
+        let removed = self.remove(OP)?;
+        let record = content.live(now()).map(|(record, _)| record).filter(|_| !creating);
+        if removed {
+            return Ok(record);
+        }
+        // Somebody took the file away by hand. What stands under the name now has to go too, or the logout would be undone.
+        let (store, id) = (Arc::clone(&self.store), self.id.clone());
+        drop(self);
+        Ok(destroy(&store, &id)?.or(record))
     }
 
     /// Removes the file of `id` if its record is past its deadline or destroyed, and says whether it was an expired one; `None` if it
@@ -540,8 +547,8 @@ impl SessionFile {
         Ok(removed.then(|| content.current.is_some() && !content.header.dead))
     }
 
-    /// Removes the file, and makes that last where it is asked for.
-    fn remove(&mut self, op: &'static str) -> Result<()> {
+    /// Removes the file, and makes that last where it is asked for; says whether it still had its name.
+    fn remove(&mut self, op: &'static str) -> Result<bool> {
         let (dir, durability) = (&self.store.dir, self.store.config.durability);
         let unknown = |error: Error| error.with_kind(ErrorKind::Unknown);
         if durability >= Durability::Data && self.current.is_some() {
@@ -555,7 +562,7 @@ impl SessionFile {
         if removed && durability == Durability::Full {
             dir.sync(&name).map_err(|cause| unknown(fault(op, cause)))?;
         }
-        Ok(())
+        Ok(removed)
     }
 
     /// Writes who holds the lock, for those who wait. Nothing depends on it.

@@ -253,3 +253,25 @@ async fn a_holder_whose_file_was_removed_by_hand_is_told() {
     assert_eq!(view(&store.handler, &id).await.unwrap(), None);
     assert!(store.names().is_empty());
 }
+
+#[tokio::test]
+async fn only_a_destroy_removes_what_was_put_in_the_place_of_a_holders_file() {
+    let store = Store::new();
+    let restored = create(&store.handler, record("restored")).await;
+    let bytes = fs::read(store.file(&restored)).unwrap();
+    for destroys in [false, true] {
+        let id = new_id();
+        let mut holder = crate::open(&store.handler, &id, crate::patient().expecting(Expect::Any)).await;
+        fs::rename(store.file(&id), store.dir.path().join(format!("away-{destroys}"))).unwrap();
+        fs::write(store.file(&id), &bytes).unwrap();
+        fs::set_permissions(store.file(&id), fs::Permissions::from_mode(0o600)).unwrap();
+        if destroys {
+            // Whatever happened to his file, a logout is a logout.
+            assert_eq!(holder.destroy().await.unwrap().unwrap().data, b"restored");
+            assert_eq!(view(&store.handler, &id).await.unwrap(), None);
+        } else {
+            holder.close().await.unwrap();
+            assert_eq!(view(&store.handler, &id).await.unwrap().as_deref(), Some(&b"restored"[..]));
+        }
+    }
+}
