@@ -774,6 +774,9 @@ pub(crate) fn destroy(store: &Arc<Store>, id: &SessionId) -> Result<Option<Recor
     let dir = &store.dir;
     let name = dir.name(id);
     let unknown = |cause: io::Error| fault(OP, cause).with_kind(ErrorKind::Unknown);
+    // One destroyer at a time, so that one of them is told what was there. What is wrong with the file is said below.
+    let gate = dir.open_file(&name, true, OP).ok().flatten();
+    gate.as_ref().inspect(|file| wait::pass_alone(file));
     for _ in 0..OPEN_AGAIN {
         let file = match SessionFile::open(store, id, None, Manner::PASSING) {
             Ok(Attempt::Done(None)) => return Ok(None),

@@ -38,6 +38,10 @@ const GLANCE: Duration = Duration::from_millis(2);
 const PATIENCE: u32 = 3;
 /// Where the tickets begin.
 const TICKETS: i64 = 1 << 62;
+/// The byte that destroyers of a session lock one after the other.
+const DESTROYERS: i64 = TICKETS - 1;
+/// How often a destroyer looks whether the one before is through. That takes microseconds, unless he was stopped: then he is passed.
+const LOOKS: u32 = 200;
 
 /// What came of a try to get a lock.
 pub(crate) enum Attempt<T> {
@@ -141,6 +145,17 @@ pub(crate) fn line(file: &File) -> bool {
 pub(crate) fn leave(file: &File) {
     // If this fails, the place is given up with the file.
     let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, TICKETS, 0)));
+}
+
+/// Waits until no other destroyer is at work on `file`, and keeps others out until it is closed.
+pub(crate) fn pass_alone(file: &File) {
+    for look in 0..LOOKS {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_WRLCK, DESTROYERS, 1))) {
+            Err(Errno::EAGAIN | Errno::EACCES) if look < LOOKS / 2 => std::thread::yield_now(),
+            Err(Errno::EAGAIN | Errno::EACCES) => std::thread::sleep(Duration::from_micros(50)),
+            _ => return,
+        }
+    }
 }
 
 /// Whether the kernel's list of locks has a place in line at `start`.
