@@ -237,8 +237,8 @@ caught_by! {
     sessions::three_who_wait_for_a_destroyed_session_get_new_ones: ReadsBeforeLock;
     sessions::random_requests_bring_nothing_back: NoFence;
     sessions::parallel_requests_across_a_rotate_lose_nothing: SaveWritesOldBytes;
-    sessions::logout_with_the_old_id_during_a_rotate: DestroyReturnsNothing;
-    sessions::a_logout_with_the_old_id_after_a_rotate: DestroyReturnsNothing;
+    sessions::logout_with_the_old_id_during_a_rotate: NoFence;
+    sessions::a_logout_with_the_old_id_after_a_rotate: SaveWritesOldBytes;
     sessions::after_an_elevate_the_old_id_sees_nothing: SaveWritesOldBytes;
     sessions::a_dropped_save_goes_on: SaveWritesOldBytes;
     sessions::a_lost_reply_counts_once: RepeatIsRefused;
