@@ -200,3 +200,8 @@ mod tests {
         }
     }
 }
+
+/// The program of the guide, whole: it compiles and runs as a doctest, too.
+#[cfg(doctest)]
+#[doc = concat!("```\n", include_str!("../examples/own_handler.rs"), "\n```")]
+mod own_handler {}
