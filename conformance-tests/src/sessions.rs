@@ -3,8 +3,8 @@
 //! The handler is the one under test; two `Sessions` over two handlers stand for two processes. Values are small numbers and
 //! texts: codecs have tests of their own.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use session_core::{ErrorKind, ManualClock, OpenRequest, Session, SessionHandler, SessionId, Sessions, SessionsBuilder};
@@ -42,6 +42,7 @@ suite! { $
         random_requests_bring_nothing_back: "In a crowd of updates, merges, views and one logout nothing is stored after the logout.";
         parallel_requests_across_a_rotate_lose_nothing: "Requests with the old id lose nothing while another one changes the id.";
         logout_with_the_old_id_during_a_rotate: "A logout with the old id, at any moment of a rotate, leaves neither the old nor the new id.";
+        a_rotate_in_the_middle_of_a_logout_saves_nobody: "A rotate that comes between the look and the destroy of a logout with the old id leaves neither the old nor the new id.";
         a_logout_with_the_old_id_after_a_rotate: "A logout with the old id reaches the session under its new one.";
         after_an_elevate_the_old_id_sees_nothing: "After a login the old id leads nowhere, and nothing is stored under it.";
         a_dropped_save_goes_on: "A save whose request went away is finished, and the next request sees it.";
@@ -650,6 +651,47 @@ async fn logout_with_the_old_id_during_a_rotate(env: Env) {
             // A retired mark or a forward may be left, and a record whose id nobody knows only after a call without an answer.
             assert_eq!(faults.left(), 0, "faults that no call has met");
             assert!(within || page.sessions.is_empty(), "after call {calls} {} records are left", page.sessions.len());
+        }
+    }
+}
+
+async fn a_rotate_in_the_middle_of_a_logout_saves_nobody(env: Env) {
+    let (sessions, faults) = faulty(&env).await;
+    let other = crate::sessions::sessions(&env).await;
+    // The logout looks, opens and destroys: the rotates come before it opens, or when it has opened. With two of them what
+    // the destroy removed leads to a second forward.
+    for (before_it_opens, rotates) in [(true, 1), (false, 1), (true, 2), (false, 2)] {
+        let when = if before_it_opens { "before the logout opened" } else { "when the logout had opened" };
+        let id = stored(&other, &[("n", 1)]).await;
+        let ids = Arc::new(Mutex::new(vec![id.clone()]));
+        let rotate = {
+            let (other, ids) = (other.clone(), ids.clone());
+            move || -> BoxFuture<'static, ()> {
+                Box::pin(async move {
+                    for _ in 0..rotates {
+                        let id = ids.lock().expect("nobody panics with it").last().expect("it begins with one").clone();
+                        let mut session = ok(other.open(&id).await, "open during a logout");
+                        session.rotate();
+                        let new =
+                            ok(session.close().await, "a close with a rotate").expect("a session with values is stored");
+                        ids.lock().expect("nobody panics with it").push(new);
+                    }
+                })
+            }
+        };
+        let rotate = Fault::SentAfter(Box::new(rotate));
+        if before_it_opens {
+            faults.next(On::Open, Fault::Late(Duration::ZERO));
+            faults.next(On::Open, rotate);
+        } else {
+            faults.next(On::Destroy, rotate);
+        }
+        ok(sessions.destroy(&id).await, "a logout");
+        assert_eq!(faults.left(), 0, "faults that no call has met");
+        let ids = std::mem::take(&mut *ids.lock().expect("nobody panics with it"));
+        assert_eq!(ids.len(), 1 + rotates, "the ids of the session");
+        for (n, id) in ids.iter().enumerate() {
+            assert!(!exists(&other, id).await, "with {rotates} rotate(s) {when}, id number {n} is there after the logout");
         }
     }
 }

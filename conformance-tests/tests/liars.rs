@@ -238,6 +238,7 @@ caught_by! {
     sessions::random_requests_bring_nothing_back: NoFence;
     sessions::parallel_requests_across_a_rotate_lose_nothing: SaveWritesOldBytes;
     sessions::logout_with_the_old_id_during_a_rotate: NoFence;
+    sessions::a_rotate_in_the_middle_of_a_logout_saves_nobody: DestroyReturnsNothing;
     sessions::a_logout_with_the_old_id_after_a_rotate: SaveWritesOldBytes;
     sessions::after_an_elevate_the_old_id_sees_nothing: SaveWritesOldBytes;
     sessions::a_dropped_save_goes_on: SaveWritesOldBytes;
