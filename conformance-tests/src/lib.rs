@@ -65,6 +65,8 @@ mod optimistic;
 pub mod processes;
 pub mod proxy;
 mod race;
+#[cfg(feature = "servers")]
+pub mod servers;
 mod sessions;
 mod steps;
 mod store;

@@ -1,0 +1,70 @@
+//! Real servers for the tests of a backend: each one private, on free loopback ports, its data in a temporary directory.
+//!
+//! A server ends with its value, and with the process that started it, however that one ends: a static needs no destructor, and
+//! a test that is killed leaves nothing behind. A program that is missing is an error that says which package has it.
+//!
+//! ```no_run
+//! use conformance_tests::servers::Redis;
+//!
+//! # fn main() -> std::io::Result<()> {
+//! let redis = Redis::start(&["appendonly yes", "maxmemory 64mb"])?;
+//! redis.command(&["SET", "color", "green"])?;
+//! redis.kill()?;
+//! redis.restart()?;
+//! assert_eq!(redis.command(&["GET", "color"])?, "green");
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! All calls block their thread, a start for some ten milliseconds, and work with and without a runtime around them. All take
+//! `&self`, so that a server can be shared.
+//!
+//! The workers of [`processes_suite!`](crate::processes_suite) are other processes, which must not start servers of their own.
+//! A harness tells them where its server is through the environment:
+//!
+//! ```no_run
+//! # use std::{process::Command, sync::{Arc, OnceLock}};
+//! # use conformance_tests::{Harness, processes::InTestBinary, servers::Redis};
+//! # use session_core::{MemoryHandler, Result, SessionHandler};
+//! # fn connect(_: &str) -> Arc<dyn SessionHandler> { Arc::new(MemoryHandler::new()) }
+//! static REDIS: OnceLock<Redis> = OnceLock::new();
+//!
+//! fn url() -> String {
+//!     let own = || REDIS.get_or_init(|| Redis::start(&[]).expect("redis-server starts")).url();
+//!     std::env::var("URL_OF_THE_PARENT").unwrap_or_else(|_| own())
+//! }
+//!
+//! struct Plain;
+//!
+//! impl Harness for Plain {
+//!     async fn handler(&self, namespace: &str) -> Result<Arc<dyn SessionHandler>> {
+//!         Ok(connect(&format!("{}?prefix={namespace}", url())))
+//!     }
+//! }
+//!
+//! struct Mine;
+//!
+//! impl Harness for Mine {
+//!     async fn handler(&self, namespace: &str) -> Result<Arc<dyn SessionHandler>> {
+//!         Plain.handler(namespace).await
+//!     }
+//!
+//!     fn worker(&self) -> Option<Command> {
+//!         // The module of the cases, as `processes_suite!` would say it.
+//!         let mut worker = InTestBinary::new(Plain, concat!(module_path!(), "::processes")).worker()?;
+//!         worker.env("URL_OF_THE_PARENT", url());
+//!         Some(worker)
+//!     }
+//! }
+//!
+//! conformance_tests::processes_suite!(Mine);
+//! # fn main() {}
+//! ```
+//!
+//! Nothing here knows what is tested with a server.
+
+mod process;
+mod redis;
+mod resp;
+
+pub use redis::{Monitor, Redis};

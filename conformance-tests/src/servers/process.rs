@@ -1,0 +1,272 @@
+//! What all servers have in common: the program, the port, the directory, and a process that nobody has to remember to stop.
+//!
+//! Nothing here knows a protocol: a server says what its program needs, and how to ask whether it answers.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+use tokio::net::TcpSocket;
+
+/// How long a server may take until it answers. A machine may be busy; a server that cannot start says so at once.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How often it is asked.
+const POLL: Duration = Duration::from_millis(5);
+
+/// How many of the last lines of its log an error shows.
+const LOG_LINES: usize = 20;
+
+/// How often a start is tried anew when somebody else has taken the port.
+const STARTS: usize = 10;
+
+/// What stands between a server and its orphanhood. The shell becomes the server, so that the server is our own child. Before
+/// that it leaves a watchman behind, who reads from a pipe of which only we have the other end: a line means that the server is
+/// gone and buried, the end of the pipe that we are. `$0` is the directory.
+///
+/// The kernel sends a hang-up to a process group with stopped members when the last parent outside of it dies; it must not take
+/// the watchman before he has killed a server that stands still.
+const KEEPER: &str = r#"
+exec 3<&0 </dev/null
+( ( trap '' HUP INT QUIT TERM; read -r word <&3 || { kill -KILL $$; rm -rf -- "$0"; } ) & )
+exec "$@" 3<&-
+"#;
+
+/// A program, and the Debian package that has it.
+#[derive(Debug)]
+pub(super) struct Program {
+    pub(super) name: &'static str,
+    pub(super) package: &'static str,
+}
+
+impl Program {
+    /// Finds it.
+    ///
+    /// # Errors
+    /// `NotFound`, with the name of the package.
+    pub(super) fn find(&self) -> io::Result<PathBuf> {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        // Debian keeps some servers where only root looks.
+        let places = std::env::split_paths(&path).chain(["/usr/sbin", "/usr/local/sbin"].map(PathBuf::from));
+        places.map(|place| place.join(self.name)).find(|program| program.is_file()).ok_or_else(|| {
+            let Self { name, package } = self;
+            io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("{name} is not installed: install {name} (Debian package {package})"),
+            )
+        })
+    }
+}
+
+/// A port of the loopback.
+#[derive(Debug)]
+pub(super) struct Port {
+    address: SocketAddr,
+    // Bound and never listening: nobody else is given the port, while the server is down too.
+    _reserved: TcpSocket,
+}
+
+impl Port {
+    pub(super) fn free() -> io::Result<Self> {
+        let reserved = TcpSocket::new_v4()?;
+        // What lets the server bind it as well, which asks for the same.
+        reserved.set_reuseaddr(true)?;
+        reserved.bind(SocketAddr::from(([127, 0, 0, 1], 0)))?;
+        Ok(Self { address: reserved.local_addr()?, _reserved: reserved })
+    }
+
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub(super) fn number(&self) -> u16 {
+        self.address.port()
+    }
+}
+
+/// Calls `start` until it finds its ports free.
+pub(super) fn on_free_ports<T>(mut start: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    for _ in 1..STARTS {
+        match start() {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            other => return other,
+        }
+    }
+    start()
+}
+
+/// A server: a program with its arguments and a directory, and most of the time a process.
+#[derive(Debug)]
+pub(super) struct Server {
+    program: PathBuf,
+    arguments: Vec<String>,
+    process: Mutex<Option<Process>>,
+    // After the process: what it writes to is removed when it is gone.
+    directory: TempDir,
+}
+
+impl Server {
+    /// Prepares a server that is to run in `directory`, which is its own and removed with it.
+    pub(super) fn new(program: &Program, directory: TempDir, arguments: Vec<String>) -> io::Result<Self> {
+        Ok(Self { program: program.find()?, arguments, process: Mutex::new(None), directory })
+    }
+
+    pub(super) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Starts the process, after killing the one that runs, and returns at once.
+    pub(super) fn spawn(&self) -> io::Result<()> {
+        let mut process = self.process();
+        // In this order: only then the port is free.
+        drop(process.take());
+        *process = Some(Process::spawn(&self.program, &self.arguments, self.directory())?);
+        Ok(())
+    }
+
+    /// Waits until the server answers.
+    ///
+    /// # Errors
+    /// `AddrInUse` if somebody else has its port; otherwise with the end of its log.
+    pub(super) fn wait(&self, answers: impl Fn() -> io::Result<bool>) -> io::Result<()> {
+        let end = Instant::now() + PATIENCE;
+        let name = self.program.file_name().unwrap_or_default().display();
+        loop {
+            // Looked at first: a server that has ended cannot begin to answer.
+            let ended = self.process().as_mut().map_or(Ok(true), Process::has_ended)?;
+            if !ended && answers().unwrap_or(false) {
+                return Ok(());
+            }
+            let (kind, fact) = match (ended, Instant::now() >= end) {
+                (true, _) if self.log().contains("ddress already in use") => {
+                    (io::ErrorKind::AddrInUse, "finds its port taken")
+                }
+                (true, _) => (io::ErrorKind::Other, "ended at once"),
+                (false, true) => (io::ErrorKind::TimedOut, "does not answer"),
+                (false, false) => {
+                    sleep(POLL);
+                    continue;
+                }
+            };
+            return Err(io::Error::new(kind, format!("{name} {fact}; the end of its log:\n{}", self.log())));
+        }
+    }
+
+    /// Returns the id of the process, `None` while there is none.
+    pub(super) fn pid(&self) -> Option<u32> {
+        self.process().as_ref().map(|process| process.child.id())
+    }
+
+    /// Stops the process as a whole, and returns once it stands still. Its connections stay open, and it says nothing.
+    ///
+    /// # Errors
+    /// `NotConnected` if it does not run.
+    pub(super) fn freeze(&self) -> io::Result<()> {
+        self.running(|process| {
+            process.signal(Signal::SIGSTOP)?;
+            waitid(Id::Pid(process.id()), WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)?;
+            Ok(())
+        })
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// `NotConnected` if it does not run.
+    pub(super) fn resume(&self) -> io::Result<()> {
+        self.running(|process| process.signal(Signal::SIGCONT))
+    }
+
+    /// Kills the process, frozen or not, and returns once it is gone. A server that does not run stays so.
+    pub(super) fn kill(&self) -> io::Result<()> {
+        self.process().take().map_or(Ok(()), |mut process| process.end())
+    }
+
+    fn running(&self, act: impl FnOnce(&Process) -> io::Result<()>) -> io::Result<()> {
+        let gone = || io::Error::new(io::ErrorKind::NotConnected, "the server does not run");
+        act(self.process().as_ref().ok_or_else(gone)?)
+    }
+
+    fn process(&self) -> MutexGuard<'_, Option<Process>> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns the end of what the server has printed.
+    fn log(&self) -> String {
+        let log = fs::read(self.directory().join(LOG)).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let lines: Vec<_> = log.lines().collect();
+        lines[lines.len().saturating_sub(LOG_LINES)..].join("\n")
+    }
+}
+
+const LOG: &str = "log";
+
+/// A process of a server that does not outlive this value.
+#[derive(Debug)]
+struct Process {
+    child: Child,
+    // Never handed on: a child of ours does not inherit it.
+    watchman: ChildStdin,
+}
+
+impl Process {
+    fn spawn(program: &Path, arguments: &[String], directory: &Path) -> io::Result<Self> {
+        let log = File::options().create(true).append(true).open(directory.join(LOG))?;
+        let mut child = Command::new("/bin/sh")
+            .args(["-c", KEEPER])
+            .arg(directory)
+            .arg(program)
+            .args(arguments)
+            .current_dir(directory)
+            // Its messages are read here.
+            .env("LC_ALL", "C")
+            .stdin(Stdio::piped())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            // What a terminal or a test runner sends to our group, to us, must not take the watchman with us.
+            .process_group(0)
+            .spawn()?;
+        let watchman = child.stdin.take().expect("the standard input was just piped");
+        Ok(Self { child, watchman })
+    }
+
+    fn has_ended(&mut self) -> io::Result<bool> {
+        // Without burying it: the watchman still knows it by its number.
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        Ok(waitid(Id::Pid(self.id()), flags)? != nix::sys::wait::WaitStatus::StillAlive)
+    }
+
+    fn signal(&self, signal: Signal) -> io::Result<()> {
+        // Not yet buried, so the number cannot belong to anybody else.
+        Ok(kill(self.id(), signal)?)
+    }
+
+    fn id(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).expect("the id of a process is a positive i32"))
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        self.child.kill()?;
+        // Between the two: sent home before, the watchman would miss our own end; after, he might find the number reused.
+        let _ = self.watchman.write_all(b"done\n");
+        self.child.wait().map(drop)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // An error means that it has been ended before.
+        let _ = self.end();
+    }
+}
