@@ -4,14 +4,16 @@
 
 mod support;
 
-use std::sync::Arc;
+use std::collections::HashSet;
+use std::ops::RangeFrom;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use session_core::{ErrorKind, Expect, OpenRequest, OpenSession, Record, SessionHandler, SessionId, Ttl, WriteId, Written};
 use session_file::{Durability, FileHandler, Io};
 use support::{
-    Chance, LEASE, Place, block_on, create, destroy, exclusive, id, many, number, numbered, read, tree, view, write,
+    Chance, LEASE, Place, block_on, create, destroy, exclusive, id, many, number, numbered, read, record, tree, view, write,
 };
 
 /// Runs `work` again and again in a thread of its own until the value is dropped.
@@ -47,52 +49,144 @@ impl Drop for Meanwhile {
     }
 }
 
+/// What logouts have removed: payloads by their number.
+#[derive(Clone, Default)]
+struct LoggedOut(Arc<Mutex<HashSet<u64>>>);
+
+impl LoggedOut {
+    fn remember(&self, number: u64) {
+        assert!(self.0.lock().unwrap().insert(number), "record {number} was removed twice");
+    }
+
+    /// Whether a logout removed this record; one that did it this moment has not told yet.
+    fn wait_for(&self, number: u64) -> bool {
+        let started = Instant::now();
+        while started.elapsed() < Duration::from_secs(20) {
+            if self.0.lock().unwrap().remove(&number) {
+                return true;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        false
+    }
+}
+
+/// Puts a record there, whatever logouts do meanwhile, and returns which it was: each try has one of its own, since a logout may
+/// tell that it removed what a writer was refused for.
+async fn put(handler: &FileHandler, id: &SessionId, mut record: impl FnMut() -> Record) -> Record {
+    loop {
+        let record = record();
+        let mut opened = handler.open(id, &exclusive().expecting(Expect::Any)).await.unwrap();
+        match opened.write(&record, WriteId::random().unwrap()).await {
+            Ok(_) => {
+                opened.close().await.unwrap();
+                return record;
+            }
+            Err(error) => assert_eq!(error.kind(), ErrorKind::Gone, "{error:?}"),
+        }
+    }
+}
+
+/// What is in a record that the collectors may have.
+const OVER: &[u8] = b"over";
+
+/// Lets sessions end and creates them anew, in the midst of collectors and logouts.
+struct Creator {
+    handler: FileHandler,
+    logged_out: LoggedOut,
+    chance: Chance,
+    numbers: RangeFrom<u64>,
+}
+
+impl Creator {
+    async fn work(&mut self, ids: &[SessionId]) {
+        for id in ids {
+            put(&self.handler, id, || Record::new(OVER, Ttl::from_secs(0))).await;
+        }
+        // The collectors come for them before they are replaced, or while they are.
+        std::thread::sleep(Duration::from_micros(self.chance.below(600)));
+        for id in ids {
+            self.replace(id).await;
+        }
+    }
+
+    async fn replace(&mut self, id: &SessionId) {
+        if self.chance.below(2) == 0 {
+            // A record may live a little longer than its life.
+            let removed = destroy(&self.handler, id).await.unwrap();
+            assert!(removed.is_none_or(|data| data == OVER), "something else is there than what is over");
+        }
+        let length = if self.chance.below(16) == 0 { 3000 } else { self.chance.below(300) as usize };
+        let mut number = 0;
+        let live = put(&self.handler, id, || {
+            number = self.numbers.next().unwrap();
+            record(&numbered(0, number, length))
+        });
+        let live = Some(live.await.data);
+        let seen = view(&self.handler, id).await.unwrap();
+        let removed = destroy(&self.handler, id).await.unwrap();
+        if seen != live || removed != live {
+            assert!(removed.is_none() && (seen.is_none() || seen == live), "another one than {number} is there");
+            assert!(self.logged_out.wait_for(number), "the live one, {number}, was taken");
+        }
+    }
+}
+
 #[test]
-fn two_collectors_never_take_what_replaces_what_they_came_for() {
+fn a_hundred_thousand_times_neither_collectors_nor_logouts_take_what_replaces_what_they_came_for() {
+    const CREATORS: u64 = 4;
     const ROUNDS: u64 = 100_000;
-    const AT_ONCE: usize = 64;
-    let place = Place::new();
-    let handler = place.handler();
-    let collected = Arc::new(AtomicU64::new(0));
-    let collectors: Vec<_> = (0..2)
-        .map(|_| {
-            let (handler, collected) = (place.handler(), Arc::clone(&collected));
-            Meanwhile::start(move || {
-                let (handler, collected) = (handler.clone(), Arc::clone(&collected));
-                async move {
-                    collected.fetch_add(handler.gc(many()).await.unwrap(), Ordering::Relaxed);
+    // With few sessions the collectors come by so often that they meet the creator at work.
+    const SESSIONS: u64 = 4;
+    // Threads, each with a handler of its own: the kernel tells their locks apart as it does those of processes.
+    let (place, mut chance, started) = (Place::new(), Chance::new(), Instant::now());
+    let (collected, logged_out) = (Arc::new(AtomicU64::new(0)), LoggedOut::default());
+    let ids: Vec<Vec<SessionId>> = (0..CREATORS).map(|_| (0..SESSIONS).map(|_| id()).collect()).collect();
+    let collector = || {
+        let (handler, collected) = (place.handler(), Arc::clone(&collected));
+        Meanwhile::start(move || {
+            let (handler, collected) = (handler.clone(), Arc::clone(&collected));
+            async move {
+                collected.fetch_add(handler.gc(many()).await.unwrap(), Ordering::Relaxed);
+            }
+        })
+    };
+    let logouts = {
+        let (handler, ids, logged_out) = (place.handler(), ids.concat(), logged_out.clone());
+        let mut chance = Chance::from_seed(chance.next());
+        Meanwhile::start(move || {
+            let (handler, logged_out) = (handler.clone(), logged_out.clone());
+            let id = ids[chance.below(ids.len() as u64) as usize].clone();
+            let pause = Duration::from_micros(chance.below(600));
+            async move {
+                if let Some(data) = destroy(&handler, &id).await.unwrap().filter(|data| data != OVER) {
+                    logged_out.remember(number(0, &data));
                 }
+                std::thread::sleep(pause);
+            }
+        })
+    };
+    let others = [collector(), collector(), logouts];
+    let creators: Vec<_> = (0u64..)
+        .zip(ids)
+        .map(|(creator, ids)| {
+            let (handler, logged_out) = (place.handler(), logged_out.clone());
+            let (chance, numbers) = (Chance::from_seed(chance.next()), creator << 32..);
+            let mut creator = Creator { handler, logged_out, chance, numbers };
+            std::thread::spawn(move || {
+                block_on(async {
+                    for _ in 0..ROUNDS / CREATORS / SESSIONS {
+                        creator.work(&ids).await;
+                    }
+                });
             })
         })
         .collect();
-    let (started, mut rounds, mut chance) = (Instant::now(), 0, Chance::new());
-    block_on(async {
-        let ids: Vec<SessionId> = std::iter::repeat_with(id).take(AT_ONCE).collect();
-        while rounds < ROUNDS && started.elapsed() < Duration::from_secs(10) {
-            for id in &ids {
-                let mut opened = handler.open(id, &exclusive().expecting(Expect::Any)).await.unwrap();
-                opened.write(&Record::new(b"over", Ttl::from_secs(0)), WriteId::random().unwrap()).await.unwrap();
-                opened.close().await.unwrap();
-            }
-            for id in &ids {
-                rounds += 1;
-                // Sometimes a logout removes it first, and sometimes it has not expired yet and is overwritten.
-                if chance.below(2) == 0 {
-                    destroy(&handler, id).await.unwrap();
-                }
-                let live = numbered(0, rounds, 100 + chance.below(3000) as usize);
-                create(&handler, id, &live).await;
-                assert!(view(&handler, id).await.unwrap() == Some(live), "round {rounds}: the live one is gone");
-            }
-            for id in &ids {
-                assert!(destroy(&handler, id).await.unwrap().is_some(), "a live one was collected");
-            }
-        }
-    });
-    collectors.into_iter().for_each(Meanwhile::end);
-    println!("{rounds} rounds in {:?}, {} collected", started.elapsed(), collected.load(Ordering::Relaxed));
-    assert!(rounds > 1000, "{rounds} rounds");
-    assert!(collected.load(Ordering::Relaxed) > 0, "the collectors found nothing");
+    creators.into_iter().for_each(|creator| creator.join().unwrap());
+    others.into_iter().for_each(Meanwhile::end);
+    let collected = collected.load(Ordering::Relaxed);
+    println!("{ROUNDS} rounds in {:?}, {collected} collected", started.elapsed());
+    assert!(collected > ROUNDS / 100, "the collectors found {collected}");
 }
 
 /// One opening, and what must be true of it.
