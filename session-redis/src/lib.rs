@@ -1,0 +1,60 @@
+//! Sessions in Redis, which **may lose acknowledged writes** when a master fails: replication is asynchronous, so what a replica did
+//! not have yet is gone when it takes over. No stale holder's write is ever applied, then as always. `wait_replicas=1` acknowledges
+//! only what a replica has; `min-replicas-to-write 1` on the server keeps a master that is cut off from acknowledging. A restart
+//! loses what the server's own persistence had not stored, and an eviction policy other than `noeviction` or `volatile-lru` may
+//! evict what is in use. What is lost is absent; it never comes back older.
+//!
+//! A session is three keys under one hash tag: the record, its lock, and the queue for it. An open takes the lock and reads in one
+//! flight; a save writes, gives the lock back and hands it to the next in line in another. Waiters sleep until they are told.
+//!
+//! ```no_run
+//! # async fn f() -> session_core::Result<()> {
+//! use std::time::Duration;
+//! use session_core::{Change, Dsn, OpenRequest, Record, SessionHandler, SessionId, Ttl, WriteId};
+//! use session_redis::{RedisConfig, RedisHandler};
+//!
+//! let dsn = Dsn::parse("redis://127.0.0.1:6379/0?prefix=shop:")?;
+//! let handler = RedisHandler::connect(RedisConfig::from_dsn(&dsn)?).await?;
+//! let id = SessionId::parse("2v7f8q1c0j3m5n9p4r6s8t0u1v2a3b4c").expect("it is well formed");
+//! let request = OpenRequest::exclusive(Duration::from_secs(5), Duration::from_secs(10));
+//! let mut session = handler.open(&id, &request).await?;
+//! if let Some(record) = session.read().await? {
+//!     let longer = Record::new(record.data, Ttl::from_secs(1200));
+//!     session.save(&Change::Write(longer), WriteId::random()?).await?;
+//! }
+//! # Ok(()) }
+//! ```
+//!
+//! # What it needs of the server
+//!
+//! Redis 6 or newer, or a server that speaks its protocol and runs its scripts. A user with an ACL needs, for the keys `~session:*`
+//! and the channels `&session:*` (or the prefix that is set), the commands `ping get set exists pttl pexpire getrange strlen eval
+//! evalsha del time publish subscribe llen lrange lpop rpush lrem lset scan wait`, and in a Cluster `cluster|slots asking`.
+//!
+//! # Silence
+//!
+//! A request that is not answered within `timeout` is [`Unavailable`](session_core::ErrorKind::Unavailable) if it was an open, which
+//! is then withdrawn in the background, and [`Unknown`](session_core::ErrorKind::Unknown) if it was a change. A connection that broke
+//! is made anew, and the request is asked once more: opens, renewals and withdrawals go by their token, changes by their write id, so
+//! that neither happens twice.
+//!
+//! Reading order: `layout` (what stands where), `scripts` (the atomic steps), `store` (asking and locking), `handler` (what each
+//! access does), `link` and `cluster` (the servers), `waiters` (who is woken how), `replicas` (changes that wait for replicas).
+
+mod admin;
+mod cluster;
+mod config;
+mod handler;
+mod layout;
+mod link;
+mod lock;
+mod replicas;
+mod scripts;
+mod store;
+mod waiters;
+
+pub use config::{RedisConfig, RedisServers};
+pub use handler::RedisHandler;
+pub use lock::RedisLock;
+/// The client crate, for [`RedisHandler::from_client`].
+pub use redis;

@@ -1,0 +1,60 @@
+//! The atomic steps, as scripts that the server runs: what is sent, under which digest.
+//!
+//! What a script decides stands in its own text, beside this file. Nothing here knows what its answer means.
+
+use std::fmt::Write as _;
+
+use redis::Cmd;
+
+use crate::layout::Keys;
+
+/// A script and the digest that the server knows it by.
+pub(crate) struct Script {
+    text: String,
+    digest: String,
+}
+
+impl Script {
+    fn new(choices: &str, body: &str) -> Self {
+        let text = [choices, include_str!("scripts/common.lua"), body].concat();
+        let digest = redis::Script::new(&text).get_hash().to_owned();
+        Self { text, digest }
+    }
+
+    /// Returns the call. A server that has forgotten the script answers `NOSCRIPT`; `whole` then sends its text, which it keeps.
+    pub(crate) fn call(&self, keys: &Keys, args: &[&[u8]], whole: bool) -> Cmd {
+        let (verb, script) = if whole { ("EVAL", &self.text) } else { ("EVALSHA", &self.digest) };
+        let size = 128 + script.len() + 3 * keys.record.len() + args.iter().map(|arg| arg.len() + 16).sum::<usize>();
+        let mut call = Cmd::with_capacity(6 + args.len(), size);
+        call.arg(verb).arg(script).arg(3).arg(&*keys.record).arg(&*keys.lock).arg(&*keys.queue);
+        for arg in args {
+            call.arg(*arg);
+        }
+        call
+    }
+}
+
+/// All scripts of one handler.
+pub(crate) struct Scripts {
+    pub(crate) enter: Script,
+    pub(crate) save: Script,
+    pub(crate) destroy: Script,
+    pub(crate) release: Script,
+    pub(crate) renew: Script,
+}
+
+impl Scripts {
+    /// `skip_deaf`: whether a waiter whom a message did not reach may be passed over; in a Cluster the count of listeners says
+    /// nothing. `strict`: whether a lease that has ended no longer writes.
+    pub(crate) fn new(skip_deaf: bool, strict: bool) -> Self {
+        let mut choices = String::new();
+        let _ = writeln!(choices, "local SKIP_DEAF, STRICT = {skip_deaf}, {strict}");
+        Self {
+            enter: Script::new(&choices, include_str!("scripts/enter.lua")),
+            save: Script::new(&choices, include_str!("scripts/save.lua")),
+            destroy: Script::new(&choices, include_str!("scripts/destroy.lua")),
+            release: Script::new(&choices, include_str!("scripts/release.lua")),
+            renew: Script::new(&choices, include_str!("scripts/renew.lua")),
+        }
+    }
+}

@@ -1,0 +1,43 @@
+-- The record, its lock and its queue stand under one hash tag, in that order.
+local RECORD, LOCK, QUEUE = KEYS[1], KEYS[2], KEYS[3]
+
+-- What stands before a payload: four bytes that say what it is, then the id of the last write.
+local LIVE, BURIED, HEADER = 'skr1', 'skt1', 20
+
+-- How long a waiter who was given the lock has to come for it, and how long a destroyed record is remembered at least, in ms.
+local CLAIM, REMEMBER = 1000, 60000
+
+-- The value of a lock is `token|lease|since|channel`; a `|c` behind it says that the holder before let go. A place in the queue
+-- is the same, without the mark, and then `|deadline`.
+local function is_of(value, token)
+  return value and token ~= '' and string.sub(value, 1, 32) == token
+end
+
+local function now()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+-- Gives the lock to the first in the queue who listens and whose time has not run out. Without anybody there is no lock.
+local function hand_on(clean)
+  local place = redis.call('LPOP', QUEUE)
+  local at = place and now()
+  while place do
+    local value, token, channel, deadline = string.match(place, '^((%x+)|%d+|%d+|(.*))|(%d+)$')
+    if value and tonumber(deadline) > at
+      and (redis.call('PUBLISH', channel, token .. '|' .. RECORD) > 0 or not SKIP_DEAF) then
+      redis.call('SET', LOCK, clean and value .. '|c' or value, 'PX', CLAIM)
+      return
+    end
+    place = redis.call('LPOP', QUEUE)
+  end
+  redis.call('DEL', LOCK)
+end
+
+-- Takes the place of a token out of the queue.
+local function leave(token)
+  if token == '' then return end
+  for _, place in ipairs(redis.call('LRANGE', QUEUE, 0, -1)) do
+    if is_of(place, token) then redis.call('LREM', QUEUE, 1, place) end
+  end
+end

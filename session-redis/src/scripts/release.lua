@@ -1,0 +1,13 @@
+-- Gives up whatever a token has: the lock, or a place in the queue. A queue that is no list is somebody else's and is left alone.
+-- ARGV: token, clean (1 or 0), anybody's (1 or 0). Answers 1 if there was a lock to give up.
+local owner = redis.call('GET', LOCK)
+if type(redis.pcall('LLEN', QUEUE)) == 'table' then
+  if is_of(owner, ARGV[1]) then redis.call('DEL', LOCK) end
+  return redis.error_reply('WRONGTYPE the queue of a session is not a list')
+end
+if is_of(owner, ARGV[1]) or owner and ARGV[3] == '1' then
+  hand_on(ARGV[2] == '1')
+  return 1
+end
+leave(ARGV[1])
+return 0

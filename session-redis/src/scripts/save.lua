@@ -1,0 +1,49 @@
+-- Judges a write or a touch, applies it, and gives the lock back unless it is to be kept.
+-- ARGV: token, how (four letters, below), prev, id, ttl, body, value, lease.
+-- how: the basis (w: a write was found, a: nothing was found, u: nothing was looked at), the access (e, o), the change (w, t), and
+-- what comes next (k: keep, c: close).
+-- Answers: 1 applied, 2 applied before, 0 refused, -1 gone, -2 not a record of ours.
+local token, how, prev, id = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local owner = redis.call('GET', LOCK)
+local head = redis.call('GETRANGE', RECORD, 0, HEADER - 1)
+local waiting = redis.call('LLEN', QUEUE)
+local own = is_of(owner, token)
+local basis, exclusive, writes, keeps =
+  string.sub(how, 1, 1), string.sub(how, 2, 2) == 'e', string.sub(how, 3, 3) == 'w', string.sub(how, 4, 4) == 'k'
+local kind, last = string.sub(head, 1, 4), string.sub(head, 5)
+local live, buried = kind == LIVE, kind == BURIED
+
+local function judge()
+  if head ~= '' and not live and not buried then return -2 end
+  if writes and live and last == id then return 2 end
+  if basis == 'w' then
+    if not live then return -1 end
+    if last ~= prev or owner and not own then return 0 end
+  elseif basis == 'a' and exclusive then
+    if live then return 0 end
+    -- Something was created and has ended since, so the id is not as absent as it was found.
+    if buried and last ~= prev then return -1 end
+    if not own then return 0 end
+  else
+    if not writes or buried and last == id then return -1 end
+    if live or buried or owner and not own then return 0 end
+    return 1
+  end
+  if STRICT and exclusive and not own then return 0 end
+  return 1
+end
+
+local outcome = judge()
+if outcome == 1 then
+  if writes then
+    redis.call('SET', RECORD, ARGV[6], 'PX', ARGV[5])
+  else
+    redis.call('PEXPIRE', RECORD, ARGV[5])
+  end
+end
+if keeps and outcome > 0 then
+  if basis == 'u' and exclusive and not owner then redis.call('SET', LOCK, ARGV[7], 'PX', ARGV[8]) end
+elseif own or not owner and waiting > 0 then
+  if waiting > 0 then hand_on(own) else redis.call('DEL', LOCK) end
+end
+return outcome

@@ -1,0 +1,598 @@
+//! The server or servers of one handler, and the two things that handler and lock both do there: ask, and take a lock.
+//!
+//! It knows keys and scripts; what may be written, and what an answer means for an opening, it does not.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use redis::{Cmd, Pipeline, ServerErrorKind, Value};
+use session_core::{Error, ErrorKind, LeaseToken, Result, SessionId, WriteId};
+use tokio::runtime::Handle;
+
+use crate::cluster::{Cluster, Node};
+use crate::config::RedisConfig;
+use crate::layout::{Body, Keys, TokenText, channel, holder, lock_value, token_text};
+use crate::link::{Failure, Link, error_kind};
+use crate::replicas::Replicas;
+use crate::scripts::{Script, Scripts};
+use crate::waiters::{PassOn, Subscribe, Waiter, Waiters};
+
+/// How long the place of a task that gave up waits for the next task of this process.
+const HEIR: Duration = Duration::from_millis(20);
+
+/// How long a place in the queue is worth at most before the one who stands there looks again: the time that a dead waiter
+/// before him may keep the lock.
+const CLAIM: Duration = Duration::from_secs(1);
+
+/// The servers.
+#[derive(Debug)]
+pub(crate) enum Servers {
+    One { link: Link, replicas: Option<Replicas> },
+    Cluster(Cluster),
+}
+
+pub(crate) struct Store {
+    pub(crate) servers: Arc<Servers>,
+    pub(crate) config: RedisConfig,
+    pub(crate) scripts: Scripts,
+    waiters: Waiters,
+    /// Places in queues whose tasks gave up, for a moment.
+    places: Mutex<HashMap<Box<str>, TokenText>>,
+}
+
+/// What is asked for with a lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Want {
+    /// The record too, and nothing if it is absent.
+    Existing,
+    /// The record too, absent or not.
+    Any,
+    /// Only the lock.
+    Lock,
+}
+
+impl Want {
+    fn word(self) -> &'static [u8] {
+        match self {
+            Self::Existing => b"existing",
+            Self::Any => b"any",
+            Self::Lock => b"lock",
+        }
+    }
+}
+
+/// What somebody who asked for a lock is told.
+pub(crate) enum Granted {
+    /// There is no record, so there is no lock either.
+    Absent,
+    Locked { body: Body, left: i64, clean: bool },
+}
+
+impl Store {
+    pub(crate) fn new(servers: Servers, config: RedisConfig) -> Result<Arc<Self>> {
+        let nonce: String =
+            WriteId::random()?.to_bytes()[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+        let cluster = matches!(servers, Servers::Cluster(_));
+        let servers = Arc::new(servers);
+        Ok(Arc::new_cyclic(|this: &Weak<Self>| {
+            let source = servers.clone();
+            let subscribe: Subscribe = Arc::new(move || {
+                let source = source.clone();
+                Box::pin(async move {
+                    let client = match &*source {
+                        Servers::One { link, .. } => link.maker().client().await?,
+                        Servers::Cluster(cluster) => cluster.any_client().await?,
+                    };
+                    client.get_async_pubsub().await
+                })
+            });
+            let this = this.clone();
+            let pass_on: PassOn = Arc::new(move |token, record| {
+                if let Some(store) = this.upgrade() {
+                    store.pass_on(token, record);
+                }
+            });
+            let channel = channel(&config.prefix, &nonce);
+            Self {
+                waiters: Waiters::new(channel, subscribe, pass_on),
+                scripts: Scripts::new(!cluster, config.strict_expiry),
+                places: Mutex::default(),
+                servers,
+                config,
+            }
+        }))
+    }
+
+    pub(crate) fn keys(&self, id: &SessionId) -> Keys {
+        Keys::new(&self.config.prefix, id)
+    }
+
+    /// Returns the value of a lock that this handler takes now.
+    pub(crate) fn lock_value(&self, token: &TokenText, lease: Duration) -> Vec<u8> {
+        lock_value(token, lease, self.waiters.channel())
+    }
+
+    async fn ask_once(&self, keys: &Keys, commands: &Pipeline) -> Result<Vec<Value>, Failure> {
+        match &*self.servers {
+            Servers::One { link, .. } => link.ask(commands).await,
+            Servers::Cluster(cluster) => cluster.ask(keys.slot, commands).await,
+        }
+    }
+
+    /// Sends commands of one session in one flight. What fails in passing is tried once more, so they must bear that.
+    pub(crate) async fn ask(&self, keys: &Keys, commands: &Pipeline) -> Result<Vec<Value>, Failure> {
+        match self.ask_once(keys, commands).await {
+            Ok(answers) if !answers.iter().any(|answer| error_kind(answer) == Some(ServerErrorKind::ReadOnly)) => Ok(answers),
+            Err(failure) if !failure.passing => Err(failure),
+            _ => self.ask_once(keys, commands).await,
+        }
+    }
+
+    /// Runs a script that may be run twice.
+    pub(crate) async fn run(&self, keys: &Keys, script: &Script, args: &[&[u8]]) -> Result<Value, Failure> {
+        for whole in [false, true] {
+            let mut commands = Pipeline::with_capacity(1);
+            commands.add_command(script.call(keys, args, whole));
+            match only(self.ask(keys, &commands).await?)? {
+                answer if error_kind(&answer) == Some(ServerErrorKind::NoScript) => {}
+                Value::ServerError(error) => return Err(Failure::refused(&error)),
+                answer => return Ok(answer),
+            }
+        }
+        Err(Failure::unexpected("the server does not keep a script that it was just given"))
+    }
+
+    /// Runs a script that changes a record, once and once more if that is not answered; says whether the first may have been
+    /// carried out although it was not answered. With `wait_replicas` the answer counts only once they have it.
+    pub(crate) async fn change(&self, keys: &Keys, script: &Script, args: &[&[u8]]) -> (Result<Value, Failure>, bool) {
+        let mut sent = false;
+        let mut whole = false;
+        let mut tries = 0;
+        loop {
+            let outcome = self.change_once(keys, script.call(keys, args, whole)).await;
+            let failure = match outcome {
+                Ok(answer) if error_kind(&answer) == Some(ServerErrorKind::NoScript) && !whole => {
+                    whole = true;
+                    continue;
+                }
+                Ok(Value::ServerError(error)) => Failure::refused(&error),
+                Ok(answer) => return (Ok(answer), sent),
+                Err(failure) => failure,
+            };
+            sent |= failure.sent;
+            tries += 1;
+            if tries == 2 || !failure.passing {
+                return (Err(failure), sent);
+            }
+        }
+    }
+
+    async fn change_once(&self, keys: &Keys, call: Cmd) -> Result<Value, Failure> {
+        let node;
+        let replicas = match &*self.servers {
+            Servers::One { replicas, .. } => replicas.as_ref(),
+            Servers::Cluster(cluster) if self.config.wait_replicas > 0 => {
+                node = cluster.owner(keys.slot).await?;
+                node.replicas.as_ref()
+            }
+            Servers::Cluster(_) => None,
+        };
+        let Some(replicas) = replicas else {
+            let mut commands = Pipeline::with_capacity(1);
+            commands.add_command(call);
+            return only(self.ask_once(keys, &commands).await?);
+        };
+        match replicas.ask(call).await {
+            Ok((answer, have)) => {
+                if let (Servers::Cluster(cluster), Some(ServerErrorKind::Moved | ServerErrorKind::Ask)) =
+                    (&*self.servers, error_kind(&answer))
+                {
+                    let _ = cluster.refresh().await;
+                    return Err(Failure::uncovered());
+                }
+                // What was refused is in force nowhere, so there is nothing to wait for.
+                let applied = matches!(&answer, Value::Int(1..)) || matches!(&answer, Value::Array(_));
+                if applied && have < i64::from(replicas.wanted()) {
+                    return Err(Failure::too_few(have, replicas.wanted()));
+                }
+                Ok(answer)
+            }
+            Err(failure) => {
+                if let Servers::Cluster(cluster) = &*self.servers {
+                    let _ = cluster.refresh().await;
+                }
+                Err(failure)
+            }
+        }
+    }
+
+    /// Sends one command each for many sessions, in one flight to each server.
+    pub(crate) async fn ask_many(&self, commands: Vec<(u16, Cmd)>) -> Vec<Result<Value, Failure>> {
+        match &*self.servers {
+            Servers::One { link, .. } => {
+                let mut flight = Pipeline::with_capacity(commands.len());
+                for (_, command) in commands.iter().cloned() {
+                    flight.add_command(command);
+                }
+                spread(link.ask(&flight).await, commands.len())
+            }
+            Servers::Cluster(cluster) => {
+                let mut flights: HashMap<usize, (Arc<Node>, Vec<usize>, Pipeline)> = HashMap::new();
+                let mut outcomes: Vec<Option<Result<Value, Failure>>> = commands.iter().map(|_| None).collect();
+                for (index, (slot, command)) in commands.iter().enumerate() {
+                    match cluster.owner(*slot).await {
+                        Ok(node) => {
+                            let flight = flights
+                                .entry(Arc::as_ptr(&node).addr())
+                                .or_insert_with(|| (node, Vec::new(), Pipeline::new()));
+                            flight.1.push(index);
+                            flight.2.add_command(command.clone());
+                        }
+                        Err(failure) => outcomes[index] = Some(Err(failure)),
+                    }
+                }
+                for (node, indices, flight) in flights.into_values() {
+                    let answers = spread(node.link.ask(&flight).await, indices.len());
+                    if answers.iter().any(|answer| !matches!(answer, Ok(Value::Int(_)))) {
+                        let _ = cluster.refresh().await;
+                    }
+                    for (index, answer) in indices.into_iter().zip(answers) {
+                        outcomes[index] = Some(answer);
+                    }
+                }
+                outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(|| Err(Failure::uncovered()))).collect()
+            }
+        }
+    }
+
+    /// Reads a record as it is now.
+    pub(crate) async fn look(&self, keys: &Keys) -> Result<(Body, i64), Failure> {
+        let mut commands = Pipeline::with_capacity(2);
+        commands.cmd("GET").arg(&*keys.record).cmd("PTTL").arg(&*keys.record);
+        let [body, left] = answers(self.ask(keys, &commands).await?)?;
+        Ok((parse_body(body)?, int(&left)?))
+    }
+
+    /// Takes the lock of `id`, waiting for it if there is time, and reads the record in the same flight.
+    ///
+    /// While nobody waits these are plain commands, which cost the server less than a script. The lock is ours if it holds our
+    /// token, whatever the `SET` answered: a repeat of it finds the lock taken, by itself (`protocol.md` 11).
+    pub(crate) async fn acquire(
+        self: &Arc<Self>,
+        operation: &'static str,
+        keys: Arc<Keys>,
+        want: Want,
+        wait: Duration,
+        lease: Duration,
+    ) -> Result<(LeaseToken, Granted)> {
+        let began = Instant::now();
+        let token = LeaseToken::random()?;
+        let text = token_text(token);
+        let value = self.lock_value(&text, lease);
+        let lease_ms = millis(lease);
+        let mut commands = Pipeline::with_capacity(5);
+        commands.cmd("SET").arg(&*keys.lock).arg(&value).arg("NX").arg("PX").arg(lease_ms);
+        commands.cmd("GET").arg(&*keys.lock);
+        commands.cmd("EXISTS").arg(&*keys.queue);
+        if want != Want::Lock {
+            commands.cmd("GET").arg(&*keys.record).cmd("PTTL").arg(&*keys.record);
+        }
+        let mut attempt = Attempt { store: self, keys: &keys, token: text, armed: true };
+        let got = self.ask(&keys, &commands).await.map_err(|failure| {
+            attempt.armed = failure.sent;
+            failure.into_error(operation)
+        })?;
+        let mut got = got.into_iter();
+        let mut next = || got.next().ok_or_else(|| Failure::unexpected("an answer is missing").into_error(operation));
+        let (set, owner, queue) = (next()?, next()?, next()?);
+        if let Value::ServerError(error) = &set {
+            return Err(Failure::refused(error).into_error(operation));
+        }
+        let found = if want == Want::Lock { Ok((Body::Absent, -2)) } else { look_at(next()?, next()?) };
+        let found = found.and_then(|found| match (owner, queue) {
+            (Value::ServerError(error), _) | (_, Value::ServerError(error)) => Err(Failure::refused(&error)),
+            (owner, queue) => Ok((owner, queue, found)),
+        });
+        let (owner, queue, (body, left)) = match found {
+            Ok(found) => found,
+            Err(failure) => {
+                attempt.give_up().await;
+                return Err(failure.into_error(operation));
+            }
+        };
+        let owner = bytes(owner).unwrap_or_default();
+        let mine = owner.starts_with(&text);
+        let queued = int(&queue).map_err(|failure| failure.into_error(operation))? > 0;
+        if want == Want::Existing && !matches!(body, Body::Live { .. }) {
+            if mine {
+                attempt.give_up().await;
+            }
+            attempt.armed = false;
+            return Ok((token, Granted::Absent));
+        }
+        if mine && !queued {
+            let mut left = left;
+            if matches!(body, Body::Live { .. }) && left < 2 * lease_ms {
+                let renewed = self.run(&keys, &self.scripts.renew, &[&text, lease_ms.to_string().as_bytes(), b"1"]).await;
+                match renewed.and_then(|answer| int(&answer)) {
+                    Ok(1) => left = 2 * lease_ms,
+                    // It ended between the two flights: what is there now is asked for under the lock.
+                    Ok(_) => left = 0,
+                    Err(failure) => {
+                        attempt.give_up().await;
+                        return Err(failure.into_error(operation));
+                    }
+                }
+                if left == 0 {
+                    let granted = self.queue_up(operation, &mut attempt, want, wait, lease, &value, began).await?;
+                    return Ok((token, granted));
+                }
+            }
+            attempt.armed = false;
+            return Ok((token, Granted::Locked { body, left, clean: false }));
+        }
+        if wait.is_zero() && !mine {
+            attempt.armed = false;
+            return Err(lock_timeout(operation, wait, &owner));
+        }
+        let granted = self.queue_up(operation, &mut attempt, want, wait, lease, &value, began).await?;
+        Ok((token, granted))
+    }
+
+    /// Takes a place in the queue and waits there.
+    #[allow(clippy::too_many_arguments, reason = "the second half of one function")]
+    async fn queue_up(
+        self: &Arc<Self>,
+        operation: &'static str,
+        attempt: &mut Attempt<'_>,
+        want: Want,
+        wait: Duration,
+        lease: Duration,
+        value: &[u8],
+        began: Instant,
+    ) -> Result<Granted> {
+        let keys = attempt.keys;
+        let lease_ms = millis(lease).to_string();
+        // Before the server is told: the grant may come before its answer.
+        let waiter: Waiter = self.waiters.register(attempt.token);
+        if !wait.is_zero() {
+            self.waiters.listen(wait.min(CLAIM)).await;
+        }
+        let heir = self.places.lock().unwrap_or_else(PoisonError::into_inner).remove(&keys.record);
+        let mut heir: Vec<u8> = heir.map(|token| token.to_vec()).unwrap_or_default();
+        let mut queued: &[u8] = b"0";
+        loop {
+            let rest = wait.saturating_sub(began.elapsed());
+            let rest_ms = rest.as_millis().to_string();
+            let args: [&[u8]; 7] =
+                [&attempt.token, value, lease_ms.as_bytes(), rest_ms.as_bytes(), want.word(), queued, &heir];
+            let answer = match self.run(keys, &self.scripts.enter, &args).await {
+                Ok(answer) => answer,
+                Err(failure) => {
+                    attempt.give_up().await;
+                    return Err(failure.into_error(operation));
+                }
+            };
+            let entered = match Entered::parse(answer) {
+                Ok(entered) => entered,
+                Err(failure) => {
+                    attempt.give_up().await;
+                    return Err(failure.into_error(operation));
+                }
+            };
+            match entered {
+                Entered::Absent => {
+                    attempt.armed = false;
+                    return Ok(Granted::Absent);
+                }
+                Entered::Granted { body: Body::Foreign, .. } => {
+                    attempt.give_up().await;
+                    return Err(foreign().into_error(operation));
+                }
+                Entered::Granted { body, left, clean } => {
+                    attempt.armed = false;
+                    return Ok(Granted::Locked { body, left, clean });
+                }
+                Entered::Busy { owner, .. } if rest < Duration::from_millis(1) => {
+                    if wait.is_zero() {
+                        // It never had a place.
+                        attempt.armed = false;
+                    } else {
+                        self.leave_place(attempt, waiter);
+                    }
+                    return Err(lock_timeout(operation, wait, &owner));
+                }
+                Entered::Busy { lease_left, place, .. } => {
+                    // A little later than the lease ends, and not all at the same moment.
+                    let jitter = Duration::from_micros(1000 + u64::from(attempt.token[0]) * 31);
+                    let lease_left = Duration::from_millis(lease_left) + jitter;
+                    let sleep = rest.min(lease_left).min(CLAIM * place.max(1)).max(Duration::from_millis(1));
+                    waiter.woken(sleep).await;
+                    queued = b"1";
+                    heir.clear();
+                }
+            }
+        }
+    }
+
+    /// Leaves the place of a task whose time is over to the next task of this process, for a moment (`protocol.md` 13).
+    fn leave_place(self: &Arc<Self>, attempt: &mut Attempt<'_>, waiter: Waiter) {
+        let Ok(runtime) = Handle::try_current() else { return };
+        attempt.armed = false;
+        let (store, record, token) = (self.clone(), attempt.keys.record.clone(), attempt.token);
+        let before = self.places.lock().unwrap_or_else(PoisonError::into_inner).insert(record.clone(), token);
+        runtime.spawn(async move {
+            if let Some(before) = before {
+                store.release(&Keys::of(record.clone().into()), before, true).await;
+            }
+            tokio::time::sleep(HEIR).await;
+            let mine = {
+                let mut places = store.places.lock().unwrap_or_else(PoisonError::into_inner);
+                let mine = places.get(&record) == Some(&token);
+                if mine {
+                    places.remove(&record);
+                }
+                mine
+            };
+            if mine {
+                store.release(&Keys::of(record.into()), token, true).await;
+            }
+            // Until here a grant for this place was nobody's to pass on.
+            drop(waiter);
+        });
+    }
+
+    /// Gives up whatever `token` has; on failure that ends with its lease.
+    pub(crate) async fn release(&self, keys: &Keys, token: TokenText, clean: bool) {
+        let clean: &[u8] = if clean { b"1" } else { b"0" };
+        if let Err(failure) = self.run(keys, &self.scripts.release, &[&token, clean, b"0"]).await {
+            tracing::debug!(kind = %failure.kind(), "a lock could not be given back and ends with its lease");
+        }
+    }
+
+    /// The same without waiting for it, and from outside a runtime not at all.
+    pub(crate) fn release_later(self: &Arc<Self>, keys: Arc<Keys>, token: TokenText, clean: bool) {
+        if let Ok(runtime) = Handle::try_current() {
+            let store = self.clone();
+            runtime.spawn(async move { store.release(&keys, token, clean).await });
+        }
+    }
+
+    fn pass_on(self: Arc<Self>, token: TokenText, record: String) {
+        let inherited = self.places.lock().unwrap_or_else(PoisonError::into_inner).get(record.as_str()) == Some(&token);
+        if !inherited && record.starts_with(&*self.config.prefix) {
+            self.release_later(Arc::new(Keys::of(record)), token, true);
+        }
+    }
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("config", &self.config).field("servers", &self.servers).finish_non_exhaustive()
+    }
+}
+
+/// A request for a lock under way. Dropped before its end, or after an answer that did not come, it is withdrawn in the background,
+/// under its own token: on the same connection the withdrawal arrives behind it.
+struct Attempt<'a> {
+    store: &'a Arc<Store>,
+    keys: &'a Arc<Keys>,
+    token: TokenText,
+    armed: bool,
+}
+
+impl Attempt<'_> {
+    async fn give_up(&mut self) {
+        self.store.release(self.keys, self.token, true).await;
+        self.armed = false;
+    }
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        if self.armed {
+            self.store.release_later(self.keys.clone(), self.token, true);
+        }
+    }
+}
+
+enum Entered {
+    Absent,
+    Granted { body: Body, left: i64, clean: bool },
+    Busy { owner: Vec<u8>, lease_left: u64, place: u32 },
+}
+
+impl Entered {
+    fn parse(answer: Value) -> Result<Self, Failure> {
+        let mut parts = array(answer)?.into_iter();
+        let mut next = || parts.next().unwrap_or(Value::Nil);
+        match int(&next())? {
+            2 => Ok(Self::Absent),
+            1 => {
+                let body = match next() {
+                    Value::BulkString(bytes) => Body::parse(bytes),
+                    _ => Body::Absent,
+                };
+                Ok(Self::Granted { body, left: int(&next())?, clean: int(&next())? == 1 })
+            }
+            0 => {
+                let owner = bytes(next()).unwrap_or_default();
+                let lease_left = u64::try_from(int(&next())?).unwrap_or(0);
+                Ok(Self::Busy { owner, lease_left, place: u32::try_from(int(&next())?).unwrap_or(1) })
+            }
+            _ => Err(Failure::unexpected("a script answered with something else than it can")),
+        }
+    }
+}
+
+/// Gives each request of a flight its own outcome.
+fn spread(answers: Result<Vec<Value>, Failure>, count: usize) -> Vec<Result<Value, Failure>> {
+    match answers {
+        Ok(answers) if answers.len() == count => answers.into_iter().map(Ok).collect(),
+        Ok(_) => (0..count).map(|_| Err(Failure::unexpected("an answer is missing"))).collect(),
+        Err(failure) => (0..count).map(|_| Err(failure.again())).collect(),
+    }
+}
+
+fn lock_timeout(operation: &'static str, wait: Duration, owner: &[u8]) -> Error {
+    let fact = format!("the lock was not free within {} ms", wait.as_millis());
+    Error::new(ErrorKind::LockTimeout, operation, fact).with_holder(holder(owner))
+}
+
+pub(crate) fn foreign() -> Failure {
+    Failure::corrupt("the record is nothing that any version of this library writes; it was left alone")
+}
+
+pub(crate) fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX).max(1)
+}
+
+fn look_at(body: Value, left: Value) -> Result<(Body, i64), Failure> {
+    Ok((parse_body(body)?, int(&left)?))
+}
+
+/// Reads the answer to a `GET` of a record.
+pub(crate) fn parse_body(body: Value) -> Result<Body, Failure> {
+    match body {
+        Value::Nil => Ok(Body::Absent),
+        Value::BulkString(bytes) => match Body::parse(bytes) {
+            Body::Foreign => Err(foreign()),
+            body => Ok(body),
+        },
+        Value::ServerError(error) => Err(Failure::refused(&error)),
+        _ => Err(Failure::unexpected("a record came as something else than a string")),
+    }
+}
+
+pub(crate) fn int(answer: &Value) -> Result<i64, Failure> {
+    match answer {
+        Value::Int(number) => Ok(*number),
+        Value::ServerError(error) => Err(Failure::refused(error)),
+        _ => Err(Failure::unexpected("a number came as something else")),
+    }
+}
+
+pub(crate) fn bytes(answer: Value) -> Option<Vec<u8>> {
+    match answer {
+        Value::BulkString(bytes) => Some(bytes),
+        _ => None,
+    }
+}
+
+pub(crate) fn array(answer: Value) -> Result<Vec<Value>, Failure> {
+    match answer {
+        Value::Array(parts) => Ok(parts),
+        Value::ServerError(error) => Err(Failure::refused(&error)),
+        _ => Err(Failure::unexpected("a list came as something else")),
+    }
+}
+
+fn only(answers: Vec<Value>) -> Result<Value, Failure> {
+    answers.into_iter().next().ok_or_else(|| Failure::unexpected("an answer is missing"))
+}
+
+fn answers<const N: usize>(answers: Vec<Value>) -> Result<[Value; N], Failure> {
+    answers.try_into().map_err(|_| Failure::unexpected("an answer is missing"))
+}

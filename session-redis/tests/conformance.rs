@@ -1,0 +1,71 @@
+//! Runs the conformance suite over a real Redis server, which each test process starts for itself.
+
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use conformance_tests::Harness;
+use conformance_tests::servers::Redis;
+use session_core::{Error, ErrorKind, Result, SessionHandler, SessionLock};
+use session_redis::{RedisConfig, RedisHandler, RedisLock, RedisServers};
+
+/// Ends with this process.
+static SERVER: OnceLock<Redis> = OnceLock::new();
+
+/// One prefix for each namespace, on the server of the test.
+struct Standalone(fn(RedisConfig) -> RedisConfig);
+
+impl Standalone {
+    fn config(&self, namespace: &str) -> Result<RedisConfig> {
+        let unavailable = |error: std::io::Error| Error::new(ErrorKind::Unavailable, "harness", error.to_string());
+        // The worker processes of a case find the server of their parent by the namespace.
+        let port = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("session-redis-{namespace}"));
+        let found = std::fs::read_to_string(&port).ok().and_then(|port| port.parse().ok());
+        let port: u16 = match found {
+            Some(port) => port,
+            None => {
+                let server = match SERVER.get() {
+                    Some(server) => server,
+                    None => {
+                        let server = Redis::start(&[]).map_err(unavailable)?;
+                        SERVER.get_or_init(|| server)
+                    }
+                };
+                std::fs::write(&port, server.port().to_string()).map_err(unavailable)?;
+                server.port()
+            }
+        };
+        let servers = RedisServers::Tcp { host: "127.0.0.1".into(), port };
+        Ok((self.0)(RedisConfig::new(servers).with_prefix(format!("{namespace}:"))))
+    }
+}
+
+impl Harness for Standalone {
+    async fn handler(&self, namespace: &str) -> Result<Arc<dyn SessionHandler>> {
+        Ok(Arc::new(RedisHandler::connect(self.config(namespace)?).await?))
+    }
+
+    async fn lock(&self, namespace: &str) -> Result<Arc<dyn SessionLock>> {
+        Ok(Arc::new(RedisLock::connect(self.config(namespace)?).await?))
+    }
+
+    fn tick(&self) -> Duration {
+        Duration::from_millis(100)
+    }
+}
+
+fn standalone() -> Standalone {
+    Standalone(|config| config)
+}
+
+conformance_tests::handler_suite!(standalone());
+conformance_tests::lock_suite!(standalone());
+conformance_tests::fence_suite!(standalone());
+conformance_tests::expiry_suite!(standalone());
+conformance_tests::optimistic_suite!(standalone());
+conformance_tests::race_suite!(standalone());
+conformance_tests::cancel_suite!(standalone());
+conformance_tests::hostile_suite!(standalone());
+conformance_tests::admin_suite!(standalone());
+conformance_tests::sessions_suite!(standalone());
+conformance_tests::processes_suite!(standalone());
