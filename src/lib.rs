@@ -27,6 +27,7 @@
 //! | feature | brings |
 //! |---|---|
 //! | `file` | `file://` and the module [`file`](https://docs.rs/session-file): one two-slot file per session, under kernel locks |
+//! | `redis` | `redis://`, `rediss://`, `redis+unix://`, `redis+sentinel://`, `redis+cluster://` and the module [`redis`](https://docs.rs/session-redis) |
 //! | `json`, `postcard`, `bincode` | the codec of that name, as `codec=…`; MessagePack is always there |
 //!
 //! Enabling a feature only adds.
@@ -37,16 +38,36 @@ pub use session_core::*;
 /// The file backend: `file:///var/lib/app/sessions`.
 #[cfg(feature = "file")]
 pub use session_file as file;
+/// The Redis backend: `redis://host:6379/0`, with TLS, sockets, Sentinel and Cluster.
+#[cfg(feature = "redis")]
+pub use session_redis as redis;
 
 /// The schemes that this build knows, for error messages.
 const SCHEMES: &[&str] = &[
     #[cfg(feature = "file")]
     "file",
     "memory",
+    #[cfg(feature = "redis")]
+    "redis",
+    #[cfg(feature = "redis")]
+    "rediss",
+    #[cfg(feature = "redis")]
+    "redis+unix",
+    #[cfg(feature = "redis")]
+    "redis+sentinel",
+    #[cfg(feature = "redis")]
+    "redis+cluster",
 ];
 
 /// Schemes that a Cargo feature brings, with that feature.
-const FEATURES: &[(&str, &str)] = &[("file", "file")];
+const FEATURES: &[(&str, &str)] = &[
+    ("file", "file"),
+    ("redis", "redis"),
+    ("rediss", "redis"),
+    ("redis+unix", "redis"),
+    ("redis+sentinel", "redis"),
+    ("redis+cluster", "redis"),
+];
 
 /// Opens the store of `dsn` as an application uses it: the backend, the layers [`HashIds`] (unless `hash_ids=off`) and
 /// [`Observe`], and on top [`Sessions`] with the options of the DSN.
@@ -59,7 +80,7 @@ const FEATURES: &[(&str, &str)] = &[("file", "file")];
 /// does not answer.
 pub async fn connect(dsn: &str) -> Result<Sessions> {
     let dsn = Dsn::parse(dsn)?;
-    let (handler, backend) = open(&dsn)?;
+    let (handler, backend) = open(&dsn).await?;
     let handler: Arc<dyn SessionHandler> = if hashed(&dsn)? {
         Arc::new(Observe::new(HashIds::new(handler), backend))
     } else {
@@ -73,7 +94,7 @@ pub async fn connect(dsn: &str) -> Result<Sessions> {
 /// # Errors
 /// As [`connect`].
 pub async fn handler(dsn: &str) -> Result<Arc<dyn SessionHandler>> {
-    open(&Dsn::parse(dsn)?).map(|(handler, _)| handler)
+    open(&Dsn::parse(dsn)?).await.map(|(handler, _)| handler)
 }
 
 /// Whether [`connect`] lets the store of `dsn` see hashes in place of live ids.
@@ -90,11 +111,15 @@ fn hashed(dsn: &Dsn) -> Result<bool> {
 }
 
 /// Returns the backend, and its name for metrics.
-fn open(dsn: &Dsn) -> Result<(Arc<dyn SessionHandler>, &'static str)> {
+async fn open(dsn: &Dsn) -> Result<(Arc<dyn SessionHandler>, &'static str)> {
     match dsn.scheme() {
         "memory" => Ok((memory(dsn)?, "memory")),
         #[cfg(feature = "file")]
         "file" => Ok((Arc::new(file::FileHandler::open_dir(file::FileConfig::from_dsn(dsn)?)?), "file")),
+        #[cfg(feature = "redis")]
+        scheme if redis::RedisConfig::SCHEMES.contains(&scheme) => {
+            Ok((Arc::new(redis::RedisHandler::connect(redis::RedisConfig::from_dsn(dsn)?).await?), "redis"))
+        }
         scheme => Err(unknown(scheme)),
     }
 }
@@ -148,7 +173,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_unknown_scheme_lists_the_known_ones() {
-        for scheme in ["redis", "rediss", "redis+sentinel", "memcache", "postgres", "mysql", "sqlite", "ftp"] {
+        for scheme in ["memcache", "postgres", "mysql", "sqlite", "ftp"] {
             let text = refusal(&format!("{scheme}://me:hunter2@h/0")).await;
             assert!(text.contains(&format!("unknown scheme {scheme}://")) && text.contains("memory://"), "{text}");
             assert!(!text.contains("hunter2"), "{text}");
@@ -159,6 +184,20 @@ mod tests {
     #[tokio::test]
     async fn a_backend_that_is_not_compiled_in_names_its_feature() {
         assert!(refusal("file:///x").await.contains("needs the Cargo feature file"));
+    }
+
+    #[cfg(not(feature = "redis"))]
+    #[tokio::test]
+    async fn redis_that_is_not_compiled_in_names_its_feature() {
+        assert!(refusal("redis+cluster://:hunter2@h").await.contains("needs the Cargo feature redis"));
+    }
+
+    #[cfg(feature = "redis")]
+    #[tokio::test]
+    async fn a_redis_that_is_not_there_is_unavailable_and_its_password_is_not_shown() {
+        let error = handler("redis://:hunter2@127.0.0.1:1/0").await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        assert!(!format!("{error:?}").contains("hunter2"));
     }
 
     #[cfg(feature = "file")]

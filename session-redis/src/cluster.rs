@@ -73,8 +73,8 @@ impl Cluster {
         if let Some(node) = self.state().nodes.get(address) {
             return Ok(node.clone());
         }
-        let (host, port) =
-            split(address).ok_or_else(|| Failure::unexpected("the cluster named a server by something that is no address"))?;
+        let (host, port) = split(address)
+            .ok_or_else(|| Failure::unexpected("the cluster named a server by something that is no address"))?;
         let maker = || {
             let client = (self.client_at)(host, port)
                 .map_err(|_| Failure::unexpected("the cluster named a server whose address cannot be used"))?;
@@ -335,12 +335,8 @@ mod tests {
         cluster.moved(0, "h3:3");
         let found: Vec<_> =
             cluster.state().ranges.iter().map(|range| (range.first, range.last, range.address.clone())).collect();
-        let expected: Vec<(u16, u16, String)> = vec![
-            (0, 0, "h3:3".into()),
-            (1, 99, "h1:1".into()),
-            (100, 100, "h2:2".into()),
-            (101, 16383, "h1:1".into()),
-        ];
+        let expected: Vec<(u16, u16, String)> =
+            vec![(0, 0, "h3:3".into()), (1, 99, "h1:1".into()), (100, 100, "h2:2".into()), (101, 16383, "h1:1".into())];
         assert_eq!(found, expected);
     }
 

@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -181,7 +182,9 @@ impl RedisConfig {
             }
             "redis+unix" => {
                 if !dsn.hosts().is_empty() || path.len() < 2 {
-                    return Err(config("write three slashes and the path of the socket: redis+unix:///run/redis/redis.sock"));
+                    return Err(config(
+                        "write three slashes and the path of the socket: redis+unix:///run/redis/redis.sock",
+                    ));
                 }
                 this.servers = RedisServers::Unix(path.into());
             }
@@ -218,7 +221,9 @@ impl RedisConfig {
         this.user = dsn.user().filter(|user| !user.is_empty()).map(Into::into);
         this.password = dsn.password().map(Into::into);
         if this.user.is_some() && this.password.is_none() {
-            return Err(config("a user without a password; write redis://user:password@host, or :password@ for the default user"));
+            return Err(config(
+                "a user without a password; write redis://user:password@host, or :password@ for the default user",
+            ));
         }
         if let Some(tls) = dsn.flag("tls")? {
             if this.tls && !tls {
@@ -358,18 +363,9 @@ impl RedisConfig {
     }
 
     async fn greet(self, servers: Servers) -> Result<Arc<Store>> {
-        let greeted = match &servers {
-            Servers::One { link, .. } => {
-                let mut commands = Pipeline::new();
-                commands.cmd("PING");
-                link.ask(&commands).await.and_then(|answers| match answers.first() {
-                    Some(redis::Value::ServerError(error)) => Err(Failure::refused(error)),
-                    _ => Ok(()),
-                })
-            }
-            Servers::Cluster(cluster) => cluster.refresh().await,
-        };
-        greeted.map_err(|failure| failure.into_error("connect"))?;
+        // As an object: the client's futures are so deep that a caller's compiler would refuse to look through them.
+        let greeting: Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + '_>> = Box::pin(greet(&servers));
+        greeting.await.map_err(|failure| failure.into_error("connect"))?;
         Store::new(servers, self)
     }
 
@@ -484,9 +480,9 @@ impl RedisConfig {
         }
         #[cfg(feature = "tls")]
         if self.tls {
-            let certificates = self.certificates().map_err(|_| {
-                RedisError::from((redis::ErrorKind::InvalidClientConfig, "the certificates cannot be read"))
-            })?;
+            let certificates = self
+                .certificates()
+                .map_err(|_| RedisError::from((redis::ErrorKind::InvalidClientConfig, "the certificates cannot be read")))?;
             builder = builder
                 .set_client_to_redis_tls_mode(TlsMode::Secure)
                 .set_client_to_redis_certificates(certificates.clone())
@@ -494,6 +490,21 @@ impl RedisConfig {
                 .set_client_to_sentinel_certificates(certificates);
         }
         builder.build()
+    }
+}
+
+/// Asks for an answer of any kind.
+async fn greet(servers: &Servers) -> Result<(), Failure> {
+    match servers {
+        Servers::One { link, .. } => {
+            let mut commands = Pipeline::new();
+            commands.cmd("PING");
+            match link.ask(&commands).await?.first() {
+                Some(redis::Value::ServerError(error)) => Err(Failure::refused(error)),
+                _ => Ok(()),
+            }
+        }
+        Servers::Cluster(cluster) => cluster.refresh().await,
     }
 }
 

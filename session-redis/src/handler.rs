@@ -11,8 +11,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use redis::Value;
 use session_core::{
-    Access, Change, Error, ErrorKind, Expect, Held, Lease, LeaseToken, OpenRequest, OpenSession, Record, Result, SessionAdmin,
-    SessionHandler, SessionId, SessionLock, Ttl, WriteId, Written,
+    Access, Change, Error, ErrorKind, Expect, Held, Lease, LeaseToken, OpenRequest, OpenSession, Record, Result,
+    SessionAdmin, SessionHandler, SessionId, SessionLock, Ttl, WriteId, Written,
 };
 
 use crate::admin::RedisAdmin;
@@ -347,7 +347,11 @@ impl RedisOpening {
         };
         if before || sent {
             self.unsettled = true;
-            return Err(Error::new(ErrorKind::Unknown, operation, "it was sent before without an answer, and is refused now"));
+            return Err(Error::new(
+                ErrorKind::Unknown,
+                operation,
+                "it was sent before without an answer, and is refused now",
+            ));
         }
         self.unsettled = false;
         self.ended(End::Refused(kind));

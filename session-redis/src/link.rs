@@ -53,7 +53,9 @@ impl Failure {
     pub(crate) fn refused(error: &ServerError) -> Self {
         let (kind, message): (_, Cow<'static, str>) = match (error.kind(), error.code()) {
             (Some(ServerErrorKind::ReadOnly), _) => (ErrorKind::Unavailable, "the server has become a replica".into()),
-            (Some(ServerErrorKind::BusyLoading), _) => (ErrorKind::Unavailable, "the server is still loading its data".into()),
+            (Some(ServerErrorKind::BusyLoading), _) => {
+                (ErrorKind::Unavailable, "the server is still loading its data".into())
+            }
             (Some(ServerErrorKind::MasterDown), _) => (ErrorKind::Unavailable, "the server has lost its master".into()),
             (Some(ServerErrorKind::ClusterDown | ServerErrorKind::TryAgain), _) => {
                 (ErrorKind::Unavailable, "the cluster does not serve this slot now".into())
@@ -61,9 +63,10 @@ impl Failure {
             (Some(ServerErrorKind::Moved | ServerErrorKind::Ask), _) => {
                 (ErrorKind::Config, "the server belongs to a cluster; use redis+cluster://".into())
             }
-            (Some(ServerErrorKind::NoPerm), _) => {
-                (ErrorKind::Config, "the user may not do this; see the permissions in the documentation of session-redis".into())
-            }
+            (Some(ServerErrorKind::NoPerm), _) => (
+                ErrorKind::Config,
+                "the user may not do this; see the permissions in the documentation of session-redis".into(),
+            ),
             (_, "NOAUTH") => (ErrorKind::Config, "the server asks for a password; write redis://:password@host".into()),
             (_, "WRONGPASS") => (ErrorKind::Config, "the server refuses this user and password".into()),
             (_, "WRONGTYPE") => {
@@ -83,7 +86,12 @@ impl Failure {
         };
         let passing = matches!(
             error.kind(),
-            Some(ServerErrorKind::ReadOnly | ServerErrorKind::MasterDown | ServerErrorKind::ClusterDown | ServerErrorKind::TryAgain)
+            Some(
+                ServerErrorKind::ReadOnly
+                    | ServerErrorKind::MasterDown
+                    | ServerErrorKind::ClusterDown
+                    | ServerErrorKind::TryAgain
+            )
         );
         Self { kind, message, source: None, sent: false, passing }
     }
@@ -129,7 +137,13 @@ impl Failure {
 
     /// The same for another request of the same flight.
     pub(crate) fn again(&self) -> Self {
-        Self { kind: self.kind, message: self.message.clone(), source: self.source.clone(), sent: self.sent, passing: self.passing }
+        Self {
+            kind: self.kind,
+            message: self.message.clone(),
+            source: self.source.clone(),
+            sent: self.sent,
+            passing: self.passing,
+        }
     }
 
     /// Too few replicas have the write in time: it is there, and it may be lost with the server.

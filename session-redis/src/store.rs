@@ -67,13 +67,16 @@ impl Want {
 pub(crate) enum Granted {
     /// There is no record, so there is no lock either.
     Absent,
-    Locked { body: Body, left: i64, clean: bool },
+    Locked {
+        body: Body,
+        left: i64,
+        clean: bool,
+    },
 }
 
 impl Store {
     pub(crate) fn new(servers: Servers, config: RedisConfig) -> Result<Arc<Self>> {
-        let nonce: String =
-            WriteId::random()?.to_bytes()[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+        let nonce: String = WriteId::random()?.to_bytes()[..4].iter().map(|byte| format!("{byte:02x}")).collect();
         let cluster = matches!(servers, Servers::Cluster(_));
         let servers = Arc::new(servers);
         Ok(Arc::new_cyclic(|this: &Weak<Self>| {
@@ -124,7 +127,9 @@ impl Store {
     /// Sends commands of one session in one flight. What fails in passing is tried once more, so they must bear that.
     pub(crate) async fn ask(&self, keys: &Keys, commands: &Pipeline) -> Result<Vec<Value>, Failure> {
         match self.ask_once(keys, commands).await {
-            Ok(answers) if !answers.iter().any(|answer| error_kind(answer) == Some(ServerErrorKind::ReadOnly)) => Ok(answers),
+            Ok(answers) if !answers.iter().any(|answer| error_kind(answer) == Some(ServerErrorKind::ReadOnly)) => {
+                Ok(answers)
+            }
             Err(failure) if !failure.passing => Err(failure),
             _ => self.ask_once(keys, commands).await,
         }
@@ -252,7 +257,7 @@ impl Store {
         let mut commands = Pipeline::with_capacity(2);
         commands.cmd("GET").arg(&*keys.record).cmd("PTTL").arg(&*keys.record);
         let [body, left] = answers(self.ask(keys, &commands).await?)?;
-        Ok((parse_body(body)?, int(&left)?))
+        look_at(body, &left)
     }
 
     /// Takes the lock of `id`, waiting for it if there is time, and reads the record in the same flight.
@@ -290,7 +295,7 @@ impl Store {
         if let Value::ServerError(error) = &set {
             return Err(Failure::refused(error).into_error(operation));
         }
-        let found = if want == Want::Lock { Ok((Body::Absent, -2)) } else { look_at(next()?, next()?) };
+        let found = if want == Want::Lock { Ok((Body::Absent, -2)) } else { look_at(next()?, &next()?) };
         let found = found.and_then(|found| match (owner, queue) {
             (Value::ServerError(error), _) | (_, Value::ServerError(error)) => Err(Failure::refused(&error)),
             (owner, queue) => Ok((owner, queue, found)),
@@ -549,8 +554,8 @@ pub(crate) fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX).max(1)
 }
 
-fn look_at(body: Value, left: Value) -> Result<(Body, i64), Failure> {
-    Ok((parse_body(body)?, int(&left)?))
+fn look_at(body: Value, left: &Value) -> Result<(Body, i64), Failure> {
+    Ok((parse_body(body)?, int(left)?))
 }
 
 /// Reads the answer to a `GET` of a record.

@@ -24,8 +24,7 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_
 const QUIET: Duration = Duration::from_secs(5);
 
 /// Makes a connection for the subscription.
-pub(crate) type Subscribe =
-    Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Result<PubSub, RedisError>> + Send>> + Send + Sync>;
+pub(crate) type Subscribe = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Result<PubSub, RedisError>> + Send>> + Send + Sync>;
 
 /// Passes on a grant that nobody here waits for: whose it was, and the key of the record.
 pub(crate) type PassOn = Arc<dyn Fn(TokenText, String) + Send + Sync>;
@@ -51,8 +50,7 @@ impl Shared {
 
 impl Waiters {
     pub(crate) fn new(channel: String, subscribe: Subscribe, pass_on: PassOn) -> Self {
-        let shared =
-            Shared { waiting: Mutex::default(), listening: watch::Sender::new(false), task: Mutex::default() };
+        let shared = Shared { waiting: Mutex::default(), listening: watch::Sender::new(false), task: Mutex::default() };
         Self { shared: Arc::new(shared), channel, subscribe, pass_on }
     }
 
