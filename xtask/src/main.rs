@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use step::{Failure, Steps, cargo};
+use tools::CargoTool;
 
 const USAGE: &str = "\
 usage: cargo xtask <command>
@@ -27,7 +28,7 @@ fn main() -> ExitCode {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the repository");
     let mut steps = Steps::new(root);
     let outcome = match (command.as_deref(), rest.is_empty()) {
-        (Some("test"), true) => test(&mut steps),
+        (Some("test"), true) => test(&mut steps, root),
         (Some("ci"), true) => ci(&mut steps, root),
         (Some("bench"), _) => bench(&mut steps, &rest),
         _ => {
@@ -46,9 +47,10 @@ fn main() -> ExitCode {
 }
 
 /// Every test on a machine that has only Rust.
-fn test(steps: &mut Steps) -> Result<(), Failure> {
-    tools::install_debian_packages(steps)?;
-    tools::install_cargo_tool(steps, "nextest")?;
+fn test(steps: &mut Steps, root: &Path) -> Result<(), Failure> {
+    let crates: Vec<_> = manifest::packages(root).into_iter().map(|package| package.name).collect();
+    tools::install_debian_packages(steps, &crates)?;
+    tools::install_cargo_tool(steps, CargoTool::Nextest)?;
     steps.run("test", &cargo("nextest run --workspace --all-features --locked --no-tests=fail"))?;
     // Doctests are not among the tests that nextest knows.
     steps.run("doctest", &cargo("test --doc --workspace --all-features --locked --quiet"))
@@ -60,7 +62,7 @@ fn ci(steps: &mut Steps, root: &Path) -> Result<(), Failure> {
     steps.run("clippy", &cargo("clippy --workspace --all-targets --all-features --locked -- -D warnings"))?;
     let docs = cargo("doc --workspace --no-deps --all-features --locked --quiet");
     steps.run("docs", &docs.env("RUSTDOCFLAGS", "-D warnings"))?;
-    test(steps)?;
+    test(steps, root)?;
     for package in manifest::packages(root) {
         // Clippy and not check: with it, warnings are errors without a rebuild of all dependencies under other flags.
         let alone = format!("clippy -p {} --no-default-features --locked --quiet", package.name);
@@ -72,9 +74,9 @@ fn ci(steps: &mut Steps, root: &Path) -> Result<(), Failure> {
     }
     // Asked for by name only: nobody mends it any more. See deny.toml.
     steps.prints_nothing("no bincode by default", &cargo("tree --workspace --edges normal --invert bincode --locked"))?;
-    tools::install_cargo_tool(steps, "deny")?;
+    tools::install_cargo_tool(steps, CargoTool::Deny)?;
     steps.run("deny", &cargo("deny --locked check bans licenses sources"))?;
-    tools::install_cargo_tool(steps, "audit")?;
+    tools::install_cargo_tool(steps, CargoTool::Audit)?;
     steps.run("audit", &audit(root))
 }
 

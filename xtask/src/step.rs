@@ -36,7 +36,11 @@ impl Command {
     }
 
     fn shown(&self) -> String {
-        let quoted = |word: &str| if word.contains(' ') { format!("'{word}'") } else { word.to_owned() };
+        let plain = |c: char| c.is_alphanumeric() || "-_./:=@,+%".contains(c);
+        let quoted = |word: &str| match !word.is_empty() && word.chars().all(plain) {
+            true => word.to_owned(),
+            false => format!("'{}'", word.replace('\'', r"'\''")),
+        };
         let env = self.env.iter().map(|(name, value)| format!("{name}={} ", quoted(value)));
         env.collect::<String>() + &self.words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
     }
@@ -139,6 +143,8 @@ mod tests {
     fn a_command_is_shown_as_one_would_type_it() {
         let docs = cargo("doc --no-deps").env("RUSTDOCFLAGS", "-D warnings").arg("a b");
         assert_eq!(docs.shown(), "RUSTDOCFLAGS='-D warnings' cargo doc --no-deps 'a b'");
+        let quotes = command("sh -c").arg("echo 'a  b' \"$1\"").arg("x").arg("$HOME");
+        assert_eq!(quotes.shown(), r#"sh -c 'echo '\''a  b'\'' "$1"' x '$HOME'"#);
     }
 
     #[test]
