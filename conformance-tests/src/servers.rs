@@ -63,8 +63,13 @@
 //!
 //! Nothing here knows what is tested with a server.
 
+mod certificates;
 mod process;
 mod redis;
+mod redis_cluster;
+mod redis_sentinel;
 mod resp;
 
 pub use redis::{Monitor, Redis};
+pub use redis_cluster::RedisCluster;
+pub use redis_sentinel::RedisSentinel;

@@ -2,11 +2,11 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use conformance_tests::servers::Redis;
+use conformance_tests::servers::{Redis, RedisCluster, RedisSentinel};
 
 const SOON: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_secs(20);
@@ -192,6 +192,143 @@ fn a_monitor_tells_each_command_once() -> io::Result<()> {
     Ok(())
 }
 
+/// The client of the server's own package, which knows TLS.
+fn redis_cli(redis: &Redis, words: &[&str]) -> io::Result<String> {
+    let port = redis.port().to_string();
+    let output = Command::new("redis-cli").args(["-h", "localhost", "-p", &port]).args(words).output()?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+#[test]
+fn a_server_with_tls_is_trusted_by_who_trusts_its_authority_and_by_nobody_else() -> io::Result<()> {
+    let (redis, other) = (Redis::start_tls(&[])?, Redis::start_tls(&[])?);
+    assert_eq!(redis.url(), format!("rediss://127.0.0.1:{}/0", redis.port()));
+    let path = |redis: &Redis| redis.ca_path().expect("it has one").display().to_string();
+    assert_eq!(redis_cli(&redis, &["--tls", "--cacert", &path(&redis), "PING"])?, "PONG");
+    assert_ne!(redis_cli(&redis, &["--tls", "--cacert", &path(&other), "PING"])?, "PONG");
+    assert_ne!(redis_cli(&redis, &["PING"])?, "PONG");
+    assert_eq!(redis.command(&["PING"])?, "PONG");
+    redis.restart()?;
+    assert_eq!(redis_cli(&redis, &["--tls", "--cacert", &path(&redis), "PING"])?, "PONG");
+    assert_eq!(Redis::start(&[])?.ca_path(), None);
+    Ok(())
+}
+
+fn ports(nodes: &[&Redis]) -> Vec<u16> {
+    nodes.iter().map(|node| node.port()).collect()
+}
+
+#[test]
+fn a_cluster_replaces_a_master_that_dies_and_takes_it_back_as_a_replica() -> io::Result<()> {
+    let cluster = RedisCluster::start(3, 1)?;
+    assert_eq!((cluster.nodes().len(), cluster.addresses().len()), (6, 6));
+    let first = ports(&cluster.masters()?);
+    assert_eq!(first, ports(&cluster.nodes()[..3].iter().collect::<Vec<_>>()));
+    let mut owners: Vec<_> =
+        ["a", "b", "c"].map(|key| cluster.master_of(key).map(Redis::port)).into_iter().collect::<io::Result<_>>()?;
+    for (key, owner) in ["a", "b", "c"].into_iter().zip(&owners) {
+        let node = cluster.master_of(key)?;
+        assert_eq!(node.port(), *owner);
+        assert_eq!(node.command(&["SET", key, "green"])?, "OK");
+        assert_eq!(node.command(&["WAIT", "1", "5000"])?, "1");
+    }
+    owners.sort_unstable();
+    owners.dedup();
+    assert_eq!(owners.len(), 3, "the three keys were chosen to live on three nodes");
+
+    let dead = cluster.kill_master_of("a")?;
+    assert!(!dead.is_up());
+    cluster.wait_until_whole()?;
+    let heir = cluster.master_of("a")?;
+    assert_ne!(heir.port(), dead.port());
+    assert_eq!(heir.command(&["GET", "a"])?, "green");
+    let second = ports(&cluster.masters()?);
+    assert!(second.len() == 3 && second != first, "{first:?} {second:?}");
+
+    dead.restart()?;
+    cluster.wait_until_whole()?;
+    assert_eq!(ports(&cluster.masters()?), second);
+    let role = dead.command(&["ROLE"])?;
+    assert!(role.starts_with("slave\n"), "{role}");
+    Ok(())
+}
+
+#[test]
+fn a_cluster_replaces_a_master_that_stands_still() -> io::Result<()> {
+    let cluster = RedisCluster::start(3, 1)?;
+    let frozen = cluster.master_of("key")?;
+    frozen.freeze()?;
+    cluster.wait_until_whole()?;
+    let heir = cluster.master_of("key")?;
+    assert_ne!(heir.port(), frozen.port());
+    frozen.resume()?;
+    cluster.wait_until_whole()?;
+    assert_eq!(cluster.master_of("key")?.port(), heir.port());
+    let moved = frozen.command(&["GET", "key"]).expect_err("it is no master any more");
+    assert!(moved.to_string().starts_with("MOVED "), "{moved}");
+    Ok(())
+}
+
+#[test]
+fn a_slot_that_moves_asks_and_then_has_moved() -> io::Result<()> {
+    let cluster = RedisCluster::start(2, 0)?;
+    let old = cluster.master_of("key")?;
+    let new = cluster.nodes().iter().find(|node| node.port() != old.port()).expect("there are two");
+    old.command(&["SET", "key", "green"])?;
+    let mut between = String::new();
+    cluster.move_slot_of("key", new, || {
+        between = old.command(&["GET", "key"]).expect_err("it is there no more").to_string();
+        Ok(())
+    })?;
+    assert!(between.starts_with("ASK ") && between.ends_with(&new.address().to_string()), "{between}");
+    let after = old.command(&["GET", "key"]).expect_err("it is there no more").to_string();
+    assert!(after.starts_with("MOVED ") && after.ends_with(&new.address().to_string()), "{after}");
+    assert_eq!(new.command(&["GET", "key"])?, "green");
+    assert_eq!(cluster.master_of("key")?.port(), new.port());
+    Ok(())
+}
+
+#[test]
+fn sentinels_replace_a_master_that_dies_and_take_it_back_as_a_replica() -> io::Result<()> {
+    let group = RedisSentinel::start()?;
+    let first = group.master()?;
+    assert_eq!(first.port(), group.nodes()[0].port());
+    assert_eq!((group.nodes().len(), group.sentinels().len(), group.addresses().len()), (3, 3, 3));
+    first.command(&["SET", "color", "green"])?;
+    assert_eq!(first.command(&["WAIT", "2", "5000"])?, "2");
+
+    assert_eq!(group.kill_master()?.port(), first.port());
+    group.wait_until_whole()?;
+    let second = group.master()?;
+    assert_ne!(second.port(), first.port());
+    assert_eq!(second.command(&["GET", "color"])?, "green");
+    let address = ["SENTINEL", "GET-MASTER-ADDR-BY-NAME", group.master_name()];
+    for sentinel in group.sentinels() {
+        assert_eq!(sentinel.command(&address)?, format!("127.0.0.1\n{}", second.port()));
+    }
+
+    first.restart()?;
+    group.wait_until_whole()?;
+    assert_eq!(group.master()?.port(), second.port());
+    let role = first.command(&["ROLE"])?;
+    assert!(role.starts_with("slave\n"), "{role}");
+    Ok(())
+}
+
+#[test]
+fn sentinels_replace_a_master_that_stands_still() -> io::Result<()> {
+    let group = RedisSentinel::start()?;
+    let frozen = group.master()?;
+    frozen.freeze()?;
+    group.wait_until_whole()?;
+    let heir = group.master()?;
+    assert_ne!(heir.port(), frozen.port());
+    frozen.resume()?;
+    group.wait_until_whole()?;
+    assert_eq!(group.master()?.port(), heir.port());
+    Ok(())
+}
+
 /// Tells this executable what to do when a test starts it anew, for that same test.
 const PART: &str = "PART_OF_A_TEST_OF_SERVERS";
 
@@ -219,14 +356,38 @@ fn runs(pid: u32) -> bool {
     status.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with('Z'))
 }
 
+/// Starts a server with a child of its own, which writes a snapshot for minutes, and returns the ids of both.
+fn start_with_a_child() -> io::Result<(Redis, [u32; 2])> {
+    // In microseconds: longer than anything here waits for its end.
+    let redis = Redis::start(&["rdb-key-save-delay 100000000"])?;
+    redis.command(&["SET", "color", "green"])?;
+    redis.command(&["BGSAVE"])?;
+    let pid = redis.pid().expect("it runs");
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    let child = children.trim().parse().expect("one child");
+    Ok((redis, [pid, child]))
+}
+
+#[test]
+fn what_a_server_has_forked_ends_with_it() -> io::Result<()> {
+    let (redis, [server, child]) = start_with_a_child()?;
+    let directory = redis.directory().to_owned();
+    assert!(runs(server) && runs(child));
+    drop(redis);
+    assert!(!runs(server));
+    eventually("the end of the child", || !runs(child));
+    assert!(!directory.exists());
+    Ok(())
+}
+
 #[test]
 fn a_server_ends_with_the_process_that_started_it_however_that_ends() -> io::Result<()> {
     if let Ok(part) = std::env::var(PART) {
-        let redis = Redis::start(&[])?;
+        let (redis, [server, child]) = start_with_a_child()?;
         if part.contains("frozen") {
             redis.freeze()?;
         }
-        tell(&format!("{} {}", redis.pid().expect("it runs"), redis.directory().display()));
+        tell(&format!("{server} {child} {}", redis.directory().display()));
         if part.contains("exits") {
             std::process::exit(0);
         }
@@ -238,15 +399,15 @@ fn a_server_ends_with_the_process_that_started_it_however_that_ends() -> io::Res
     for part in ["killed", "killed, server frozen", "exits", "exits, server frozen"] {
         let mut parent = start_part(test, part).spawn()?;
         let words = told(parent.stdout.take().expect("it was piped"));
-        let (pid, directory) = words.split_once(' ').expect("two words");
-        let (pid, directory): (u32, PathBuf) = (pid.parse().expect("a number"), directory.into());
+        let [server, child, directory] = words.splitn(3, ' ').collect::<Vec<_>>()[..] else { panic!("told {words}") };
+        let pids = [server, child].map(|pid| pid.parse().expect("a number"));
         if part.contains("killed") {
-            assert!(runs(pid), "{part}: it does not run");
+            assert!(pids.into_iter().all(runs), "{part}: they do not run");
             parent.kill()?;
         }
         parent.wait()?;
-        eventually(&format!("{part}: the end of the server"), || !runs(pid));
-        eventually(&format!("{part}: the end of its directory"), || !directory.exists());
+        eventually(&format!("{part}: the end of the server and its child"), || !pids.into_iter().any(runs));
+        eventually(&format!("{part}: the end of its directory"), || !Path::new(directory).exists());
     }
     Ok(())
 }

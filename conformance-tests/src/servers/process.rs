@@ -12,8 +12,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 use tokio::net::TcpSocket;
@@ -34,11 +34,12 @@ const STARTS: usize = 10;
 /// that it leaves a watchman behind, who reads from a pipe of which only we have the other end: a line means that the server is
 /// gone and buried, the end of the pipe that we are. `$0` is the directory.
 ///
-/// The kernel sends a hang-up to a process group with stopped members when the last parent outside of it dies; it must not take
-/// the watchman before he has killed a server that stands still.
+/// The watchman has a session of his own. The process group of the server can be killed without him, with every process that
+/// the server has forked; and when a group with stopped members loses its last parent outside, the kernel sends it a hang-up,
+/// which would take him before he has killed a server that stands still.
 const KEEPER: &str = r#"
 exec 3<&0 </dev/null
-( ( trap '' HUP INT QUIT TERM; read -r word <&3 || { kill -KILL $$; rm -rf -- "$0"; } ) & )
+( setsid sh -c 'read -r word || { kill -s KILL -- "-$1"; rm -rf -- "$0"; }' "$0" $$ <&3 3<&- & )
 exec "$@" 3<&-
 "#;
 
@@ -105,6 +106,33 @@ pub(super) fn on_free_ports<T>(mut start: impl FnMut() -> io::Result<T>) -> io::
     start()
 }
 
+/// Asks every few milliseconds until the answer is yes.
+///
+/// # Errors
+/// `TimedOut`, with what was waited for and what was seen last.
+pub(super) fn wait_until(what: &str, mut answer: impl FnMut() -> io::Result<Seen>) -> io::Result<()> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let seen = match answer() {
+            Ok(Seen::Done) => return Ok(()),
+            Ok(Seen::NotYet(seen)) => seen,
+            Err(error) => error.to_string(),
+        };
+        if Instant::now() >= end {
+            let text = format!("waited {} s until {what}; last seen: {seen}", PATIENCE.as_secs());
+            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+        }
+        sleep(POLL);
+    }
+}
+
+/// What [`wait_until`] is told.
+#[derive(Debug)]
+pub(super) enum Seen {
+    Done,
+    NotYet(String),
+}
+
 /// A server: a program with its arguments and a directory, and most of the time a process.
 #[derive(Debug)]
 pub(super) struct Server {
@@ -167,6 +195,11 @@ impl Server {
         self.process().as_ref().map(|process| process.child.id())
     }
 
+    /// Says whether there is a process that does not stand still.
+    pub(super) fn is_up(&self) -> bool {
+        self.process().as_ref().is_some_and(Process::goes_on)
+    }
+
     /// Stops the process as a whole, and returns once it stands still. Its connections stay open, and it says nothing.
     ///
     /// # Errors
@@ -216,8 +249,8 @@ const LOG: &str = "log";
 #[derive(Debug)]
 struct Process {
     child: Child,
-    // Never handed on: a child of ours does not inherit it.
-    watchman: ChildStdin,
+    // The way to the watchman, until he is sent home. A child of ours does not inherit it.
+    watchman: Option<ChildStdin>,
 }
 
 impl Process {
@@ -234,17 +267,23 @@ impl Process {
             .stdin(Stdio::piped())
             .stdout(log.try_clone()?)
             .stderr(log)
-            // What a terminal or a test runner sends to our group, to us, must not take the watchman with us.
+            // What a terminal or a test runner sends to our group is meant for us; the server ends after us, at once.
             .process_group(0)
             .spawn()?;
-        let watchman = child.stdin.take().expect("the standard input was just piped");
+        let watchman = child.stdin.take();
         Ok(Self { child, watchman })
     }
 
     fn has_ended(&mut self) -> io::Result<bool> {
         // Without burying it: the watchman still knows it by its number.
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-        Ok(waitid(Id::Pid(self.id()), flags)? != nix::sys::wait::WaitStatus::StillAlive)
+        Ok(waitid(Id::Pid(self.id()), flags)? != WaitStatus::StillAlive)
+    }
+
+    fn goes_on(&self) -> bool {
+        // Nothing is consumed: a later wait sees the same.
+        let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        matches!(waitid(Id::Pid(self.id()), flags), Ok(WaitStatus::StillAlive))
     }
 
     fn signal(&self, signal: Signal) -> io::Result<()> {
@@ -257,16 +296,18 @@ impl Process {
     }
 
     fn end(&mut self) -> io::Result<()> {
-        self.child.kill()?;
+        let Some(mut watchman) = self.watchman.take() else { return Ok(()) };
+        // With everything that it has forked: a server's child goes on writing when the server is gone.
+        killpg(self.id(), Signal::SIGKILL)?;
         // Between the two: sent home before, the watchman would miss our own end; after, he might find the number reused.
-        let _ = self.watchman.write_all(b"done\n");
+        let _ = watchman.write_all(b"done\n");
         self.child.wait().map(drop)
     }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // An error means that it has been ended before.
+        // There is nobody to tell.
         let _ = self.end();
     }
 }

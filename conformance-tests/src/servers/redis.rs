@@ -1,4 +1,4 @@
-//! A Redis server of its own for each test, standing alone.
+//! A Redis server of its own for each test: standing alone, or a part of what `redis_cluster.rs` and `redis_sentinel.rs` build.
 //!
 //! Nothing here knows keys or scripts of a backend.
 
@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use session_core::WriteId;
 
+use super::certificates::{self, CA, SERVER, SERVER_KEY};
 use super::process::{Port, Program, Server, on_free_ports};
 use super::resp::Connection;
 
@@ -29,6 +30,21 @@ appendonly no
 enable-debug-command local
 ";
 
+const CONFIG: &str = "redis.conf";
+
+/// What a server is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// One that stands alone, or follows another.
+    Plain,
+    /// The same behind TLS.
+    Tls,
+    /// One of a cluster.
+    Node,
+    /// One that watches others.
+    Sentinel,
+}
+
 /// The user that [`Redis::command`] is.
 const USER: &str = "conformance";
 
@@ -37,7 +53,9 @@ const USER: &str = "conformance";
 /// Dropping it kills it and removes its data.
 pub struct Redis {
     server: Server,
+    role: Role,
     port: Port,
+    bus: Port,
     password: String,
 }
 
@@ -55,26 +73,53 @@ impl Redis {
     /// `NotFound` with the name of the package if Redis is not installed; with the server's own words if it does not like an
     /// option.
     pub fn start(options: &[&str]) -> io::Result<Self> {
+        Self::start_as(Role::Plain, options)
+    }
+
+    /// Does the same with a server whose port speaks TLS only. Its certificate is for `localhost` and `127.0.0.1`, and who trusts
+    /// [`ca_path`](Self::ca_path) trusts it. It asks its clients for none.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_tls(options: &[&str]) -> io::Result<Self> {
+        Self::start_as(Role::Tls, options)
+    }
+
+    fn start_as(role: Role, options: &[&str]) -> io::Result<Self> {
         on_free_ports(|| {
-            let redis = Self::prepare(options)?;
+            let redis = Self::prepare(role, options)?;
             redis.restart()?;
             Ok(redis)
         })
     }
 
-    fn prepare(options: &[&str]) -> io::Result<Self> {
+    /// Makes all but the process.
+    pub(super) fn prepare(role: Role, options: &[&str]) -> io::Result<Self> {
         let directory = tempfile::Builder::new().prefix("redis-").tempdir()?;
-        let port = Port::free()?;
+        let (port, bus) = (Port::free()?, Port::free()?);
         let random = WriteId::random().map_err(io::Error::other)?.to_bytes();
         let password = random.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        let mut lines = format!("{SETTINGS}port {}\nuser {USER} on >{password} ~* &* +@all\n", port.number());
-        for option in options {
-            lines.push_str(option);
-            lines.push('\n');
+        let mut lines = vec![SETTINGS.to_owned(), format!("user {USER} on >{password} ~* &* +@all")];
+        let mut arguments = vec![CONFIG.to_owned()];
+        match role {
+            Role::Plain => lines.push(format!("port {}", port.number())),
+            Role::Tls => {
+                certificates::make(directory.path())?;
+                lines.push(format!("port 0\ntls-port {}\ntls-auth-clients no", port.number()));
+                lines.push(format!("tls-ca-cert-file {CA}\ntls-cert-file {SERVER}\ntls-key-file {SERVER_KEY}"));
+            }
+            Role::Node => {
+                lines.push(format!("port {}\ncluster-enabled yes\ncluster-port {}", port.number(), bus.number()));
+            }
+            Role::Sentinel => {
+                lines.push(format!("port {}", port.number()));
+                arguments.push("--sentinel".to_owned());
+            }
         }
-        fs::write(directory.path().join("redis.conf"), lines)?;
-        let server = Server::new(&PROGRAM, directory, vec!["redis.conf".to_owned()])?;
-        Ok(Self { server, port, password })
+        lines.extend(options.iter().map(ToString::to_string));
+        fs::write(directory.path().join(CONFIG), lines.join("\n") + "\n")?;
+        let server = Server::new(&PROGRAM, directory, arguments)?;
+        Ok(Self { server, role, port, bus, password })
     }
 
     /// Returns the port that it listens on, the same for life.
@@ -89,10 +134,22 @@ impl Redis {
         self.port.address()
     }
 
-    /// Returns `redis://127.0.0.1:port/0`, without user and password.
+    /// Returns `redis://127.0.0.1:port/0`, without user and password; `rediss://…` if it was started with TLS.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("redis://{}/0", self.address())
+        let scheme = if self.role == Role::Tls { "rediss" } else { "redis" };
+        format!("{scheme}://{}/0", self.address())
+    }
+
+    /// Returns the path of the certificate that a client has to trust, in PEM; `None` if it was started without TLS.
+    #[must_use]
+    pub fn ca_path(&self) -> Option<PathBuf> {
+        (self.role == Role::Tls).then(|| self.server.directory().join(CA))
+    }
+
+    /// Returns the port on which the nodes of a cluster speak to each other.
+    pub(super) fn bus_port(&self) -> u16 {
+        self.bus.number()
     }
 
     /// Returns the path of the socket that it listens on besides.
@@ -111,6 +168,12 @@ impl Redis {
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         self.server.pid()
+    }
+
+    /// Says whether it runs and is not frozen.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.server.is_up()
     }
 
     /// Stops it, as a suspended machine or an overloaded host does, and returns once it stands still: connections stay open, new
@@ -145,7 +208,17 @@ impl Redis {
     /// # Errors
     /// As [`start`](Self::start).
     pub fn restart(&self) -> io::Result<()> {
-        self.server.spawn()?;
+        self.spawn()?;
+        self.wait()
+    }
+
+    /// Begins to start it.
+    pub(super) fn spawn(&self) -> io::Result<()> {
+        self.server.spawn()
+    }
+
+    /// Returns once it answers.
+    pub(super) fn wait(&self) -> io::Result<()> {
         // Asked on the socket, where nobody else can answer in its place.
         self.server.wait(|| Ok(self.command(&["PING"])? == "PONG"))
     }
@@ -157,6 +230,13 @@ impl Redis {
     /// `Other` with the server's text if it refuses; `TimedOut` if it says nothing for 10 s; otherwise it does not run.
     pub fn command(&self, words: &[&str]) -> io::Result<String> {
         self.connect()?.ask(words)
+    }
+
+    /// Returns what a line of `INFO` or `CLUSTER INFO`, `name:value`, has to say.
+    pub(super) fn value(&self, command: &[&str], name: &str) -> io::Result<String> {
+        let text = self.command(command)?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        value.map(str::to_owned).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("no {name} in {text}")))
     }
 
     /// Begins to write down what commands the server executes.
