@@ -16,7 +16,15 @@
 //! # }
 //! ```
 //!
-//! All calls block their thread, a start for some ten milliseconds, and work with and without a runtime around them. All take
+//! | | what is started | takes |
+//! |---|---|---|
+//! | [`Redis::start`], [`Redis::start_tls`] | one server | 10 to 40 ms |
+//! | [`RedisCluster::start`] | masters and their replicas | 2 s, and a failover 2 to 3 s |
+//! | [`RedisSentinel::start`] | a master, two replicas, three sentinels | 1 s, and a failover 3 s |
+//!
+//! Each of the many servers of the latter two is a [`Redis`] again, to be frozen, killed and restarted by itself.
+//!
+//! All calls block their thread and work with and without a runtime around them. All take
 //! `&self`, so that a server can be shared.
 //!
 //! The workers of [`processes_suite!`](crate::processes_suite) are other processes, which must not start servers of their own.

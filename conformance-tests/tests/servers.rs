@@ -271,7 +271,7 @@ fn a_cluster_replaces_a_master_that_stands_still() -> io::Result<()> {
 
 #[test]
 fn a_slot_that_moves_asks_and_then_has_moved() -> io::Result<()> {
-    let cluster = RedisCluster::start(2, 0)?;
+    let cluster = RedisCluster::start_with(2, 0, &["requirepass secret", "masterauth secret"])?;
     let old = cluster.master_of("key")?;
     let new = cluster.nodes().iter().find(|node| node.port() != old.port()).expect("there are two");
     old.command(&["SET", "key", "green"])?;

@@ -249,6 +249,13 @@ impl Redis {
         Ok(Monitor { watching, marking: self.connect()? })
     }
 
+    /// Hands a key over to another server, as the nodes of a cluster do.
+    pub(super) fn migrate(&self, key: &str, target: &Self) -> io::Result<()> {
+        let port = target.port().to_string();
+        self.command(&["MIGRATE", "127.0.0.1", &port, key, "0", "5000", "AUTH2", USER, &target.password])?;
+        Ok(())
+    }
+
     fn connect(&self) -> io::Result<Connection> {
         Connection::open(&self.socket_path(), USER, &self.password)
     }

@@ -40,7 +40,8 @@ impl RedisCluster {
         Self::start_with(masters, replicas_per_master, &[])
     }
 
-    /// Does the same with more lines for the configuration of each node.
+    /// Does the same with more lines for the configuration of each node. Besides `requirepass` the nodes need `masterauth`, to
+    /// follow each other.
     ///
     /// # Errors
     /// As [`start`](Self::start).
@@ -158,14 +159,13 @@ impl RedisCluster {
         }
         target.command(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from])?;
         source.command(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to])?;
-        let port = target.port().to_string();
         loop {
             let keys = source.command(&["CLUSTER", "GETKEYSINSLOT", &slot, "100"])?;
             if keys.is_empty() {
                 break;
             }
             for key in keys.lines() {
-                source.command(&["MIGRATE", "127.0.0.1", &port, key, "0", "5000"])?;
+                source.migrate(key, target)?;
             }
         }
         between()?;
