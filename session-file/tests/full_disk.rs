@@ -21,12 +21,16 @@ fn on(disk: &SmallDisk, durability: Durability, depth: u8) -> FileHandler {
     FileHandler::open_dir(config).unwrap()
 }
 
+/// A disk for each level: the room of a removed file comes back only when its last descriptor is closed, and a child that
+/// another test starts at this moment may have one for a while.
+const OF_ITS_OWN: &str = "size=1m";
+
 const LEVELS: [Durability; 3] = [Durability::None, Durability::Data, Durability::Full];
 
 #[tokio::test]
 async fn a_refused_write_gives_back_what_it_had_taken_of_the_last_room() {
-    let disk = SmallDisk::new("size=1m");
     for durability in LEVELS {
+        let disk = SmallDisk::new(OF_ITS_OWN);
         let (handler, id) = (on(&disk, durability, 0), id());
         create(&handler, &id, b"small").await;
         let path = tree(&disk.path().join("sessions")).remove(0);
@@ -50,15 +54,14 @@ async fn a_refused_write_gives_back_what_it_had_taken_of_the_last_room() {
         disk.empty();
         create(&handler, &id, &[7; 140_000]).await;
         assert_eq!(read(&handler, &id).await.unwrap().unwrap(), [7; 140_000]);
-        fs::remove_file(disk.path().join("two pages")).unwrap();
         support::destroy(&handler, &id).await.unwrap();
     }
 }
 
 #[tokio::test]
 async fn a_full_disk_lets_a_session_in_that_it_cannot_prolong() {
-    let disk = SmallDisk::new("size=1m");
     for durability in LEVELS {
+        let disk = SmallDisk::new(OF_ITS_OWN);
         let (handler, id) = (on(&disk, durability, 0), id());
         // One page, so that the second entry would need another one.
         let brief = Record::new([3; 2500], Ttl::from_secs(15));
@@ -87,8 +90,8 @@ async fn a_full_disk_lets_a_session_in_that_it_cannot_prolong() {
 
 #[tokio::test]
 async fn a_full_disk_does_not_keep_anybody_from_logging_out_or_collecting() {
-    let disk = SmallDisk::new("size=1m");
     for durability in LEVELS {
+        let disk = SmallDisk::new(OF_ITS_OWN);
         let handler = on(&disk, durability, 0);
         let (held, free, over) = (id(), id(), id());
         for id in [&held, &free] {
