@@ -467,8 +467,15 @@ impl Store {
 
     fn pass_on(self: Arc<Self>, token: TokenText, record: String) {
         let inherited = self.places.lock().unwrap_or_else(PoisonError::into_inner).get(record.as_str()) == Some(&token);
+        let Ok(runtime) = Handle::try_current() else { return };
         if !inherited && record.starts_with(&*self.config.prefix) {
-            self.release_later(Arc::new(Keys::of(record)), token, true);
+            runtime.spawn(async move {
+                let keys = Keys::of(record);
+                let outcome = self.run(&keys, &self.scripts.release, &[&token, b"1", b"2"]).await;
+                if let Err(failure) = outcome {
+                    tracing::debug!(kind = %failure.kind(), "a grant could not be passed on and ends with its time");
+                }
+            });
         }
     }
 }

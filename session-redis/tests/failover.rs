@@ -103,6 +103,8 @@ async fn append(handler: Arc<RedisHandler>, ids: Arc<Vec<SessionId>>, log: Arc<L
 struct Verdict {
     acknowledged: usize,
     lost: usize,
+    /// From the kill to the new master, as far as it was seen before the service resumed.
+    elected: Option<Duration>,
     resumed: Duration,
 }
 
@@ -170,12 +172,16 @@ async fn storm(dsn: &str, kill: impl FnOnce(&SessionId), elected: impl Fn(&Sessi
     }
     let alive = appends.values().filter(|append| append.acknowledged && append.at > recovered).count();
     assert!(alive > SESSIONS, "after the recovery there were only {alive} appends");
-    Verdict { acknowledged, lost, resumed }
+    let elected = election.map(|at| at - killed);
+    Verdict { acknowledged, lost, elected, resumed }
 }
 
 fn report(what: &str, verdict: &Verdict) {
-    let Verdict { acknowledged, lost, resumed } = verdict;
-    eprintln!("{what}: {acknowledged} acknowledged, {lost} lost by asynchronous replication, resumed after {resumed:?}");
+    let Verdict { acknowledged, lost, elected, resumed } = verdict;
+    eprintln!(
+        "{what}: {acknowledged} acknowledged, {lost} lost by asynchronous replication; new master seen after {elected:?}, \
+         resumed after {resumed:?}"
+    );
 }
 
 fn key(id: &SessionId) -> String {

@@ -7,8 +7,8 @@ local LIVE, BURIED, HEADER = 'skr1', 'skt1', 20
 -- How long a waiter who was given the lock has to come for it, and how long a destroyed record is remembered at least, in ms.
 local CLAIM, REMEMBER = 1000, 60000
 
--- The value of a lock is `token|lease|since|channel`; a `|c` behind it says that the holder before let go. A place in the queue
--- is the same, without the mark, and then `|deadline`.
+-- The value of a lock is `token|lease|since|channel`. While it is a grant that its waiter has not come for, a mark stands behind:
+-- `|c` if the holder before let go, `|g` if not. A place in the queue is the same without a mark, and then `|deadline`.
 local function is_of(value, token)
   return value and token ~= '' and string.sub(value, 1, 32) == token
 end
@@ -26,7 +26,7 @@ local function hand_on(clean)
     local value, token, channel, deadline = string.match(place, '^((%x+)|%d+|%d+|(.*))|(%d+)$')
     if value and tonumber(deadline) > at
       and (redis.call('PUBLISH', channel, token .. '|' .. RECORD) > 0 or not SKIP_DEAF) then
-      redis.call('SET', LOCK, clean and value .. '|c' or value, 'PX', CLAIM)
+      redis.call('SET', LOCK, value .. (clean and '|c' or '|g'), 'PX', CLAIM)
       return
     end
     place = redis.call('LPOP', QUEUE)

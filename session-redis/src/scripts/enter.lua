@@ -28,8 +28,8 @@ if not granted and (own or not owner) then
     local next, name, channel, deadline = string.match(place, '^((%x+)|%d+|%d+|(.*))|(%d+)$')
     if next and tonumber(deadline) > at
       and (redis.call('PUBLISH', channel, name .. '|' .. RECORD) > 0 or not SKIP_DEAF) then
-      redis.call('SET', LOCK, next, 'PX', CLAIM)
-      owner = next
+      owner = next .. '|g'
+      redis.call('SET', LOCK, owner, 'PX', CLAIM)
       break
     end
     place = redis.call('LPOP', QUEUE)
