@@ -5,6 +5,8 @@
 //! would break the chain. What was acknowledged and is missing was lost by asynchronous replication: it is counted and
 //! printed, it must be older than the recovery, and with `wait_replicas=1` there must be none.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -151,7 +153,7 @@ async fn storm(dsn: &str, kill: impl FnOnce(&SessionId), elected: impl Fn(&Sessi
     for task in tasks {
         task.await.unwrap();
     }
-    let appends = log.appends.lock().unwrap();
+    let appends = std::mem::take(&mut *log.appends.lock().unwrap());
     let (mut acknowledged, mut lost) = (0, 0);
     let fresh = connect(dsn).await;
     for (session, id) in ids.iter().enumerate() {

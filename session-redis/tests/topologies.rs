@@ -3,6 +3,8 @@
 //! One server for all cases of a test, since a cluster takes seconds to come up; what failed is listed by name. The cases with
 //! several processes run on the plain server, in `conformance`.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -1,5 +1,7 @@
 //! Messages that come too late, twice, or to nobody.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::sync::Arc;
 use std::time::Duration;
 
