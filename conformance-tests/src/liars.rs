@@ -2,7 +2,7 @@
 //!
 //! A case that no liar fails tests nothing; a liar that fails no case shows a gap. `tests/liars.rs` holds both to account.
 //! [`Flaw::None`] is the honest store, which has to pass everything. A flaw is named after what it does wrong, and takes
-//! effect at one place of `store.rs`.
+//! effect at one place of `store.rs` and its modules.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
