@@ -17,13 +17,13 @@ use session_core::{
 
 use crate::admin;
 use crate::config::{Durability, FileConfig};
-use crate::dir::{Dir, Plain, Walk, fault, stat};
+use crate::dir::{Plain, Walk, fault, stat};
 use crate::io::{
     Manner, Opened, SMALL, SessionFile, Store, Turn, destroy, gone, load, mark_waiting, now, peek_absent, pooled, run,
     too_large,
 };
-use crate::lock::{FileLock, abandon, hold, in_place, timed_out, with_file};
-use crate::wait::{Attempt, Watch, deadline, in_line};
+use crate::lock::{FileLock, Hold, timed_out};
+use crate::wait::{Attempt, deadline, in_line};
 
 /// Keeps sessions in files, one each, under kernel locks. Cloning it is cheap.
 ///
@@ -51,8 +51,7 @@ impl FileHandler {
     /// [`Config`](ErrorKind::Config) if the directory belongs to somebody else, others may write to it, it is missing with its
     /// parent, or its file system has no kernel locks; the text has the command that mends it.
     pub fn open_dir(config: FileConfig) -> Result<Self> {
-        let dir = Arc::new(Dir::open(&config)?);
-        let store = Arc::new(Store { dir, config, watch: Arc::<Watch>::default() });
+        let store = Arc::new(Store::open(config)?);
         let lock = Arc::new(FileLock::on(Arc::clone(&store)));
         Ok(Self { store, lock, walk: Arc::default(), listing: Arc::default() })
     }
@@ -130,7 +129,7 @@ impl SessionHandler for FileHandler {
             (_, Expect::Fresh) => session.mode = Mode::Fresh,
             (Access::Exclusive { wait, lease }, expect) => {
                 if let Some((file, record)) = self.exclusive(id, expect, wait, lease).await? {
-                    session.mode = Mode::Held(hold(&self.lock, id, file, lease)?);
+                    session.mode = Mode::Held(Hold::new(file, lease));
                     session.fetched = Some(record.map(|(record, _)| record));
                 }
             }
@@ -157,7 +156,7 @@ impl SessionHandler for FileHandler {
 /// What an opening can do, which changes as it goes on.
 enum Mode {
     /// It has the lock.
-    Held(Held),
+    Held(Hold),
     /// Nobody else knows the id, and nothing was written yet.
     Fresh,
     Optimistic,
@@ -248,6 +247,17 @@ fn carry_out(step: &Step<'_>, mut file: Box<SessionFile>, last: bool) -> (Option
     }
 }
 
+async fn step_held(store: &Store, hold: &mut Hold, step: Step<'_>, last: bool) -> Result<Written> {
+    let (io, heavy) = (store.config.io, step.is_heavy(store));
+    let outcome = if pooled(io, heavy) {
+        let step = step.into_owned();
+        hold.run(io, heavy, move |file| carry_out(&step, file, last)).await?
+    } else {
+        hold.in_place(|file| carry_out(&step, file, last)).await
+    };
+    outcome.unwrap_or_else(|| Err(gone("write")))
+}
+
 impl FileSession {
     /// Carries out one step in whatever mode the opening is, and closes afterwards if `last`.
     async fn step(&mut self, step: Step<'_>, last: bool) -> Result<Written> {
@@ -256,8 +266,8 @@ impl FileSession {
             too_large(&self.lock.store, data.len(), op)?;
         }
         let write = step.write_id();
-        let outcome = match &self.mode {
-            Mode::Held(held) => self.step_held(held, step, last).await,
+        let outcome = match &mut self.mode {
+            Mode::Held(hold) => step_held(&self.lock.store, hold, step, last).await,
             Mode::Fresh => self.step_fresh(step.into_owned(), last, op).await,
             Mode::Optimistic => self.step_optimistic(step.into_owned(), op).await,
             Mode::View | Mode::Destroy => return Err(unsupported(op)),
@@ -289,17 +299,6 @@ impl FileSession {
         }
     }
 
-    async fn step_held(&self, held: &Held, step: Step<'_>, last: bool) -> Result<Written> {
-        let heavy = step.is_heavy(&self.lock.store);
-        let outcome = if pooled(self.lock.store.config.io, heavy) {
-            let step = step.into_owned();
-            with_file(&self.lock.store, held, heavy, move |file| carry_out(&step, file, last)).await?
-        } else {
-            in_place(held, |file| carry_out(&step, file, last)).await
-        };
-        outcome.unwrap_or_else(|| Err(gone("write")))
-    }
-
     async fn step_fresh(&mut self, step: Step<'static>, last: bool, op: &'static str) -> Result<Written> {
         let (store, id) = (Arc::clone(&self.lock.store), self.id.clone());
         let Some(write) = step.write_id() else { return Err(gone(op)) };
@@ -323,7 +322,7 @@ impl FileSession {
         let (written, file) = run(self.lock.store.config.io, heavy, work).await??;
         self.base = Some(write);
         self.mode = match (file, lease) {
-            (Some(file), Some(lease)) => Mode::Held(hold(&self.lock, &self.id, file, lease)?),
+            (Some(file), Some(lease)) => Mode::Held(Hold::new(file, lease)),
             _ => Mode::Optimistic,
         };
         Ok(written)
@@ -357,12 +356,12 @@ impl FileSession {
     }
 
     async fn release(&mut self) -> Result<()> {
-        if let Mode::Held(held) = &self.mode {
-            with_file(&self.lock.store, held, false, |file| {
+        if let Mode::Held(hold) = &mut self.mode {
+            let close = |file| {
                 drop(file);
                 (None, ())
-            })
-            .await?;
+            };
+            hold.run(self.lock.store.config.io, false, close).await?;
         }
         if !matches!(self.mode, Mode::Spent(Some(_))) {
             self.mode = Mode::Spent(None);
@@ -377,14 +376,14 @@ impl OpenSession for FileSession {
     async fn read(&mut self) -> Result<Option<Record>> {
         const OP: &str = "read";
         let fetched = self.fetched.take();
-        match &self.mode {
+        match &mut self.mode {
             Mode::Destroy => Err(unsupported(OP)),
             Mode::Spent(Some(kind)) => Err(Error::new(*kind, OP, "this opening has ended with an error before")),
             Mode::Spent(None) => Err(Error::new(ErrorKind::Gone, OP, "this opening is closed")),
             Mode::Fresh | Mode::Absent => Ok(None),
             _ if fetched.is_some() => Ok(fetched.flatten()),
-            Mode::Held(held) => {
-                let read = with_file(&self.lock.store, held, false, |mut file| {
+            Mode::Held(hold) => {
+                let read = hold.run(self.lock.store.config.io, false, |mut file| {
                     let record = file.read();
                     (Some(file), record)
                 });
@@ -413,8 +412,8 @@ impl OpenSession for FileSession {
         let heavy = self.lock.store.config.durability >= Durability::Data;
         self.fetched = None;
         let mode = std::mem::replace(&mut self.mode, Mode::Absent);
-        if let Mode::Held(held) = mode
-            && let Some(removed) = with_file(&self.lock.store, &held, heavy, |file| (None, file.destroy())).await?
+        if let Mode::Held(mut hold) = mode
+            && let Some(removed) = hold.run(self.lock.store.config.io, heavy, |file| (None, file.destroy())).await?
         {
             return removed;
         }
@@ -445,7 +444,7 @@ impl OpenSession for FileSession {
 
     fn held(&self) -> Option<&Held> {
         match &self.mode {
-            Mode::Held(held) => Some(held),
+            Mode::Held(hold) => Some(hold.held(&self.lock, &self.id)),
             _ => None,
         }
     }
@@ -453,8 +452,8 @@ impl OpenSession for FileSession {
 
 impl Drop for FileSession {
     fn drop(&mut self) {
-        if let Mode::Held(held) = &self.mode {
-            abandon(&held.lease);
+        if let Mode::Held(hold) = &self.mode {
+            hold.abandon();
         }
     }
 }

@@ -20,6 +20,7 @@ use crate::layout::{
     DEAD, DEAD_AT, ENTRY, Entry, FIRST_READ, FIXED, HEADER, HOLDER_AT, Header, Place, UNSYNCED_AT, WAITING_AT, checksum,
     entry_at, first_sequence, place_payload,
 };
+use crate::lock::Tokens;
 use crate::wait::{self, Attempt, Watch};
 
 /// Payloads up to this length are copied in place.
@@ -38,6 +39,14 @@ pub(crate) struct Store {
     pub(crate) dir: Arc<Dir>,
     pub(crate) config: FileConfig,
     pub(crate) watch: Arc<Watch>,
+    pub(crate) tokens: Tokens,
+}
+
+impl Store {
+    /// Opens the directory of `config`.
+    pub(crate) fn open(config: FileConfig) -> Result<Self> {
+        Ok(Self { dir: Arc::new(Dir::open(&config)?), config, watch: Arc::default(), tokens: Tokens::new()? })
+    }
 }
 
 /// Runs what touches files: in place, or on the blocking pool if it may wait for the disk.
@@ -982,8 +991,7 @@ mod tests {
 
     fn store(root: &tempfile::TempDir) -> Arc<Store> {
         let config = FileConfig::new(root.path().join("sessions"));
-        let dir = Arc::new(Dir::open(&config).unwrap());
-        Arc::new(Store { dir, config, watch: Arc::default() })
+        Arc::new(Store::open(config).unwrap())
     }
 
     fn open(store: &Arc<Store>, id: &SessionId) -> Box<SessionFile> {

@@ -2,6 +2,8 @@
 //!
 //! A kernel lock has no lease: it ends when its holder lets go or his process ends, never before, however long he is stopped.
 
+use std::any::Any;
+use std::cell::{Cell, OnceCell};
 use std::fs::{File, TryLockError};
 use std::io::Read;
 use std::sync::Arc;
@@ -13,11 +15,11 @@ use session_core::{Error, ErrorKind, Held, Holder, Lease, LeaseRequest, LeaseTok
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use crate::config::FileConfig;
+use crate::config::{FileConfig, Io};
 use crate::dir::{Dir, Plain, Stat, fault, stat};
 use crate::io::{Claim, SessionFile, Store, gone, mark_waiting, now, pooled, read_head, run, write_at};
 use crate::layout::{HEADER, HOLDER_AT, Header};
-use crate::wait::{self, Attempt, Watch, deadline, in_line};
+use crate::wait::{self, Attempt, deadline, in_line};
 
 /// A [`SessionLock`] by kernel locks on files in a directory, for handlers that have none of their own.
 ///
@@ -35,8 +37,7 @@ impl FileLock {
     /// # Errors
     /// [`Config`](ErrorKind::Config), with the command that mends it.
     pub fn open_dir(config: FileConfig) -> Result<Self> {
-        let dir = Arc::new(Dir::open(&config)?);
-        Ok(Self::on(Arc::new(Store { dir, config, watch: Arc::<Watch>::default() })))
+        Ok(Self::on(Arc::new(Store::open(config)?)))
     }
 
     pub(crate) fn on(store: Arc<Store>) -> Self {
@@ -64,7 +65,9 @@ impl SessionLock for FileLock {
         };
         let file = file.map_err(|file| timed_out("acquire", &file, wait))?;
         let clean = file.clean;
-        let lease = Lease::new(id.clone(), next_token()?, request.lease).after_clean_release(clean).with_state(Some(file));
+        let lease = Lease::new(id.clone(), self.store.tokens.next(), request.lease)
+            .after_clean_release(clean)
+            .with_state(Some(file));
         Ok(Arc::new(lease))
     }
 
@@ -146,54 +149,98 @@ impl Grip {
             Self::Busy(_) | Self::Empty => None,
         }
     }
-}
 
-/// Makes the lease of an opened session.
-pub(crate) fn hold(lock: &Arc<FileLock>, id: &SessionId, file: Box<SessionFile>, length: Duration) -> Result<Held> {
-    let lease = Lease::new(id.clone(), next_token()?, length).after_clean_release(true).with_state(Grip::Idle(file));
-    Ok(Held { lease: Arc::new(lease), lock: Arc::<FileLock>::clone(lock) })
-}
-
-/// Runs `work` in place on the file of a lease; `None` if there is none any more.
-pub(crate) async fn in_place<R>(
-    held: &Held,
-    work: impl FnOnce(Box<SessionFile>) -> (Option<Box<SessionFile>>, R),
-) -> Option<R> {
-    // Nearly always free: only a renewal can be using it.
-    let mut state = match held.lease.state().try_lock() {
-        Ok(state) => state,
-        Err(_) => held.lease.state().lock().await,
-    };
-    let grip = state.downcast_mut::<Grip>().expect("the handler put a grip into each of its leases");
-    let (file, result) = work(grip.take().await?);
-    *grip = file.map_or(Grip::Empty, Grip::Idle);
-    Some(result)
-}
-
-/// Runs `work` on the file of a lease; `None` if there is none any more. Where it runs on the blocking pool, it runs to its end
-/// even if nobody waits for it.
-pub(crate) async fn with_file<R: Send + 'static>(
-    store: &Store,
-    held: &Held,
-    heavy: bool,
-    work: impl FnOnce(Box<SessionFile>) -> (Option<Box<SessionFile>>, R) + Send + 'static,
-) -> Result<Option<R>> {
-    if !pooled(store.config.io, heavy) {
-        return Ok(in_place(held, work).await);
+    /// Runs `work` on the file, in place; `None` if there is none any more.
+    async fn apply<R>(&mut self, work: impl FnOnce(Box<SessionFile>) -> (Option<Box<SessionFile>>, R)) -> Option<R> {
+        let (file, result) = work(self.take().await?);
+        *self = file.map_or(Self::Empty, Self::Idle);
+        Some(result)
     }
-    let mut state = held.lease.state().lock().await;
-    let grip = state.downcast_mut::<Grip>().expect("the handler put a grip into each of its leases");
-    let Some(file) = grip.take().await else { return Ok(None) };
-    let (answer, answered) = oneshot::channel();
-    *grip = Grip::Busy(tokio::task::spawn_blocking(move || {
-        let (file, result) = work(file);
-        // Nobody may be waiting for it any more.
-        let _ = answer.send(result);
-        file
-    }));
-    *grip = grip.take().await.map_or(Grip::Empty, Grip::Idle);
-    let lost = |_| Error::new(ErrorKind::Unknown, "file", "the blocking pool ended before the call did");
-    answered.await.map(Some).map_err(lost)
+
+    /// Runs `work` on the file, on the blocking pool; there it runs to its end even if nobody waits for it.
+    async fn apply_on_pool<R: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(Box<SessionFile>) -> (Option<Box<SessionFile>>, R) + Send + 'static,
+    ) -> Result<Option<R>> {
+        let Some(file) = self.take().await else { return Ok(None) };
+        let (answer, answered) = oneshot::channel();
+        *self = Self::Busy(tokio::task::spawn_blocking(move || {
+            let (file, result) = work(file);
+            // Nobody may be waiting for it any more.
+            let _ = answer.send(result);
+            file
+        }));
+        *self = self.take().await.map_or(Self::Empty, Self::Idle);
+        let lost = |_| Error::new(ErrorKind::Unknown, "file", "the blocking pool ended before the call did");
+        answered.await.map(Some).map_err(lost)
+    }
+}
+
+/// The lock of an open session: a file, and the lease that shares it with a renewal once somebody has asked for one.
+pub(crate) struct Hold {
+    /// The file, until the lease has it: most holds end before anybody would renew them.
+    grip: Cell<Grip>,
+    held: OnceCell<Held>,
+    length: Duration,
+}
+
+impl Hold {
+    pub(crate) fn new(file: Box<SessionFile>, length: Duration) -> Self {
+        Self { grip: Cell::new(Grip::Idle(file)), held: OnceCell::new(), length }
+    }
+
+    /// Returns the lease, which is made by the first who asks.
+    pub(crate) fn held(&self, lock: &Arc<FileLock>, id: &SessionId) -> &Held {
+        self.held.get_or_init(|| {
+            let lease = Lease::new(id.clone(), lock.store.tokens.next(), self.length);
+            let lease = lease.after_clean_release(true).with_state(self.grip.replace(Grip::Empty));
+            Held { lease: Arc::new(lease), lock: Arc::<FileLock>::clone(lock) }
+        })
+    }
+
+    /// Runs `work` on the file, in place; `None` if there is none any more.
+    pub(crate) async fn in_place<R>(
+        &mut self,
+        work: impl FnOnce(Box<SessionFile>) -> (Option<Box<SessionFile>>, R),
+    ) -> Option<R> {
+        let Some(held) = self.held.get() else { return self.grip.get_mut().apply(work).await };
+        // Nearly always free: only a renewal can be using it.
+        let mut state = match held.lease.state().try_lock() {
+            Ok(state) => state,
+            Err(_) => held.lease.state().lock().await,
+        };
+        grip_in(&mut state).apply(work).await
+    }
+
+    /// Runs `work` on the file, where `io` says; `None` if there is none any more.
+    pub(crate) async fn run<R: Send + 'static>(
+        &mut self,
+        io: Io,
+        heavy: bool,
+        work: impl FnOnce(Box<SessionFile>) -> (Option<Box<SessionFile>>, R) + Send + 'static,
+    ) -> Result<Option<R>> {
+        if !pooled(io, heavy) {
+            return Ok(self.in_place(work).await);
+        }
+        match self.held.get() {
+            None => self.grip.get_mut().apply_on_pool(work).await,
+            Some(held) => {
+                let mut state = held.lease.state().lock().await;
+                grip_in(&mut state).apply_on_pool(work).await
+            }
+        }
+    }
+
+    /// Lets go of the file at once, if no renewal is using it; otherwise it goes with the last user.
+    pub(crate) fn abandon(&self) {
+        if let Some(held) = self.held.get() {
+            abandon(&held.lease);
+        }
+    }
+}
+
+fn grip_in(state: &mut Box<dyn Any + Send>) -> &mut Grip {
+    state.downcast_mut::<Grip>().expect("the handler put a grip into each of its leases")
 }
 
 /// The error of a wait that ended, with whoever holds `file`.
@@ -329,19 +376,23 @@ impl KernelLock {
     }
 }
 
-/// Makes the name of an acquisition: it is not stored anywhere, so a random number of the process and a counter will do.
-fn next_token() -> Result<LeaseToken> {
-    static PROCESS: std::sync::OnceLock<[u8; 16]> = std::sync::OnceLock::new();
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let mut bytes = match PROCESS.get() {
-        Some(bytes) => *bytes,
-        None => {
-            let random = LeaseToken::random()?.to_bytes();
-            *PROCESS.get_or_init(|| random)
-        }
-    };
-    bytes[8..].copy_from_slice(&COUNT.fetch_add(1, Ordering::Relaxed).to_le_bytes());
-    Ok(LeaseToken::from_bytes(bytes))
+/// Names for acquisitions: they are not stored anywhere, so a random number of the process and a counter will do.
+#[derive(Debug)]
+pub(crate) struct Tokens {
+    random: [u8; 16],
+    count: AtomicU64,
+}
+
+impl Tokens {
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self { random: LeaseToken::random()?.to_bytes(), count: AtomicU64::new(0) })
+    }
+
+    fn next(&self) -> LeaseToken {
+        let mut bytes = self.random;
+        bytes[8..].copy_from_slice(&self.count.fetch_add(1, Ordering::Relaxed).to_le_bytes());
+        LeaseToken::from_bytes(bytes)
+    }
 }
 
 /// Where a lock file says whether its last holder let go of it himself.
