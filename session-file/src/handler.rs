@@ -71,15 +71,15 @@ impl FileHandler {
     async fn exclusive(&self, id: &SessionId, expect: Expect, wait: Duration, lease: Duration) -> Result<Opened> {
         let io = self.store.config.io;
         let manner = Manner { existing: expect == Expect::Existing, lease, turn: Turn::Newcomer };
+        // What seldom happens is boxed: all would carry the state for it.
         let attempt = if pooled(io, false) {
             let (store, id) = (Arc::clone(&self.store), id.clone());
-            run(io, false, move || SessionFile::open(&store, &id, None, manner)).await??
+            Box::pin(run(io, false, move || SessionFile::open(&store, &id, None, manner))).await??
         } else {
             SessionFile::open(&self.store, id, None, manner)?
         };
         match attempt {
             Attempt::Done(opened) => Ok(opened),
-            // Boxed, because few openers have to wait and all would carry the state for it.
             Attempt::Busy { file, .. } => Box::pin(self.stand_in_line(id, file, manner, wait)).await,
         }
     }
@@ -134,7 +134,7 @@ impl SessionHandler for FileHandler {
                 }
             }
             (access @ (Access::ReadOnly | Access::Optimistic), _) => {
-                let record = peek_at(&self.store, id).await?;
+                let record = Box::pin(peek_at(&self.store, id)).await?;
                 session.mode = if access == Access::ReadOnly { Mode::View } else { Mode::Optimistic };
                 session.base = record.as_ref().map(|(_, write)| *write);
                 session.fetched = Some(record.map(|(record, _)| record));
@@ -268,8 +268,8 @@ impl FileSession {
         let write = step.write_id();
         let outcome = match &mut self.mode {
             Mode::Held(hold) => step_held(&self.lock.store, hold, step, last).await,
-            Mode::Fresh => self.step_fresh(step.into_owned(), last, op).await,
-            Mode::Optimistic => self.step_optimistic(step.into_owned(), op).await,
+            Mode::Fresh => Box::pin(self.step_fresh(step.into_owned(), last, op)).await,
+            Mode::Optimistic => Box::pin(self.step_optimistic(step.into_owned(), op)).await,
             Mode::View | Mode::Destroy => return Err(unsupported(op)),
             Mode::Absent => Err(gone(op)),
             Mode::Spent(Some(kind)) => return Err(Error::new(*kind, op, "this opening has ended with an error before")),
@@ -391,7 +391,7 @@ impl OpenSession for FileSession {
                 Ok(record.map(|(record, _)| record))
             }
             Mode::View | Mode::Optimistic => {
-                let record = peek_at(&self.lock.store, &self.id).await?;
+                let record = Box::pin(peek_at(&self.lock.store, &self.id)).await?;
                 self.base = record.as_ref().map(|(_, write)| *write);
                 Ok(record.map(|(record, _)| record))
             }

@@ -222,11 +222,12 @@ impl Hold {
         if !pooled(io, heavy) {
             return Ok(self.in_place(work).await);
         }
+        // Boxed, so that the calls in place do not carry the state for it.
         match self.held.get() {
-            None => self.grip.get_mut().apply_on_pool(work).await,
+            None => Box::pin(self.grip.get_mut().apply_on_pool(work)).await,
             Some(held) => {
                 let mut state = held.lease.state().lock().await;
-                grip_in(&mut state).apply_on_pool(work).await
+                Box::pin(grip_in(&mut state).apply_on_pool(work)).await
             }
         }
     }
