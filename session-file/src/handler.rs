@@ -16,13 +16,13 @@ use session_core::{
 };
 
 use crate::admin;
-use crate::config::{Durability, FileConfig};
+use crate::config::{Durability, FileConfig, Io};
 use crate::dir::{Plain, Walk, fault, stat};
 use crate::io::{
-    Manner, Opened, SMALL, SessionFile, Store, Turn, destroy, gone, load, mark_waiting, now, peek_absent, pooled, run,
-    too_large,
+    Begun, Manner, Opened, SMALL, SessionFile, Store, Turn, Unsynced, destroy, gone, load, mark_waiting, now, peek_absent,
+    pooled, run, too_large,
 };
-use crate::lock::{FileLock, Hold, timed_out};
+use crate::lock::{FileLock, Half, Hold, timed_out};
 use crate::wait::{Attempt, deadline, in_line};
 
 /// Keeps sessions in files, one each, under kernel locks. Cloning it is cheap.
@@ -207,6 +207,20 @@ impl Step<'_> {
         Step::Write(Cow::Borrowed(&record.data), record.ttl, id)
     }
 
+    fn op(&self) -> &'static str {
+        match self {
+            Self::Write(..) => "write",
+            Self::Touch(_) => "touch",
+        }
+    }
+
+    fn begin(&self, file: &mut SessionFile) -> Result<Begun> {
+        match self {
+            Self::Write(data, ttl, id) => file.begin_write(data, *ttl, *id),
+            Self::Touch(ttl) => file.begin_touch(*ttl),
+        }
+    }
+
     fn apply(&self, file: &mut SessionFile) -> Result<Written> {
         match self {
             Self::Write(data, ttl, id) => file.write(data, *ttl, *id),
@@ -231,37 +245,81 @@ impl Step<'_> {
 
     /// Whether it may wait for the disk.
     fn is_heavy(&self, store: &Store) -> bool {
-        store.config.durability >= Durability::Data || matches!(self, Self::Write(data, ..) if data.len() > SMALL)
+        store.config.durability >= Durability::Data || !self.is_small()
+    }
+
+    fn is_small(&self) -> bool {
+        !matches!(self, Self::Write(data, ..) if data.len() > SMALL)
     }
 }
 
 /// Applies a step under the lock and keeps the file if the opening goes on.
 fn carry_out(step: &Step<'_>, mut file: Box<SessionFile>, last: bool) -> (Option<Box<SessionFile>>, Result<Written>) {
-    match step.apply(&mut file) {
-        Ok(written) => ((!last).then_some(file), Ok(written)),
-        Err(error) if error.kind().keeps_opening() => (Some(file), Err(error)),
-        Err(error) => {
+    let outcome = step.apply(&mut file);
+    keep(file, outcome, last)
+}
+
+/// Keeps the file if the opening goes on after this.
+fn keep(file: Box<SessionFile>, outcome: Result<Written>, last: bool) -> (Option<Box<SessionFile>>, Result<Written>) {
+    let kept = match &outcome {
+        Ok(_) => !last,
+        Err(error) if error.kind().keeps_opening() => true,
+        Err(_) => {
             file.bury();
-            (None, Err(error))
+            false
         }
-    }
+    };
+    (kept.then_some(file), outcome)
+}
+
+/// What of a step is left to the disk.
+enum Left {
+    All(Step<'static>),
+    Sync(Unsynced),
 }
 
 async fn step_held(store: &Store, hold: &mut Hold, step: Step<'_>, last: bool) -> Result<Written> {
     let (io, heavy) = (store.config.io, step.is_heavy(store));
-    let outcome = if pooled(io, heavy) {
-        let step = step.into_owned();
-        hold.run(io, heavy, move |file| carry_out(&step, file, last)).await?
-    } else {
-        hold.in_place(|file| carry_out(&step, file, last)).await
+    let outcome = match io {
+        _ if !pooled(io, heavy) => hold.in_place(|file| carry_out(&step, file, last)).await,
+        Io::Auto => Box::pin(step_in_two(store, hold, step, last)).await?,
+        _ => {
+            let step = step.into_owned();
+            hold.run(io, heavy, move |file| carry_out(&step, file, last)).await?
+        }
     };
     outcome.unwrap_or_else(|| Err(gone("write")))
+}
+
+/// Writes in place, which only touches the page cache, and leaves it to another thread to wait for the disk.
+async fn step_in_two(store: &Store, hold: &mut Hold, step: Step<'_>, last: bool) -> Result<Option<Result<Written>>> {
+    let op = step.op();
+    let begin = |mut file: Box<SessionFile>| {
+        if !step.is_small() || !file.is_settled() {
+            return Half::Begun(file, Left::All(step.into_owned()));
+        }
+        let outcome = match step.begin(&mut file) {
+            Ok(Begun::Unsynced(unsynced)) => return Half::Begun(file, Left::Sync(unsynced)),
+            Ok(Begun::Done(written)) => Ok(written),
+            Err(error) => Err(error),
+        };
+        let (file, outcome) = keep(file, outcome, last);
+        Half::Whole(file, outcome)
+    };
+    let finish = move |mut file: Box<SessionFile>, left| match left {
+        Left::All(step) => carry_out(&step, file, last),
+        Left::Sync(unsynced) => {
+            let outcome = file.finish(Begun::Unsynced(unsynced), op);
+            keep(file, outcome, last)
+        }
+    };
+    hold.in_two(&store.threads, begin, finish).await
 }
 
 impl FileSession {
     /// Carries out one step in whatever mode the opening is, and closes afterwards if `last`.
     async fn step(&mut self, step: Step<'_>, last: bool) -> Result<Written> {
-        let op = if matches!(step, Step::Write(..)) { "write" } else { "touch" };
+        let op = step.op();
         if let Step::Write(data, ..) = &step {
             too_large(&self.lock.store, data.len(), op)?;
         }

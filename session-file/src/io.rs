@@ -21,6 +21,7 @@ use crate::layout::{
     entry_at, first_sequence, place_payload,
 };
 use crate::lock::Tokens;
+use crate::sync::SyncThreads;
 use crate::wait::{self, Attempt, Watch};
 
 /// Payloads up to this length are copied in place.
@@ -40,12 +41,14 @@ pub(crate) struct Store {
     pub(crate) config: FileConfig,
     pub(crate) watch: Arc<Watch>,
     pub(crate) tokens: Tokens,
+    pub(crate) threads: SyncThreads,
 }
 
 impl Store {
     /// Opens the directory of `config`.
     pub(crate) fn open(config: FileConfig) -> Result<Self> {
-        Ok(Self { dir: Arc::new(Dir::open(&config)?), config, watch: Arc::default(), tokens: Tokens::new()? })
+        let dir = Arc::new(Dir::open(&config)?);
+        Ok(Self { dir, config, watch: Arc::default(), tokens: Tokens::new()?, threads: SyncThreads::new() })
     }
 }
 
@@ -268,6 +271,22 @@ pub(crate) struct SessionFile {
 /// What an opener with a lock found.
 pub(crate) type Opened = Option<(Box<SessionFile>, Option<(Record, WriteId)>)>;
 
+/// How far a change of a file has got.
+#[derive(Debug)]
+pub(crate) enum Begun {
+    Done(Written),
+    /// Every process sees it, and a power cut would take it.
+    Unsynced(Unsynced),
+}
+
+/// What is left to do once the disk has a change.
+#[derive(Debug)]
+pub(crate) struct Unsynced {
+    /// What was in force before.
+    before: Option<(Entry, Place)>,
+    created: bool,
+}
+
 /// How an opener comes to the lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Turn {
@@ -448,6 +467,18 @@ impl SessionFile {
 
     /// Stores a record; the caller has checked whatever the fence wants beyond the deadline.
     pub(crate) fn write(&mut self, data: &[u8], ttl: Ttl, id: WriteId) -> Result<Written> {
+        let begun = self.begin_write(data, ttl, id)?;
+        self.finish(begun, "write")
+    }
+
+    /// Moves the deadline to now plus `ttl`.
+    pub(crate) fn touch(&mut self, ttl: Ttl) -> Result<Written> {
+        let begun = self.begin_touch(ttl)?;
+        self.finish(begun, "touch")
+    }
+
+    /// Stores a record as far as that needs no disk, unless the write before has not reached it.
+    pub(crate) fn begin_write(&mut self, data: &[u8], ttl: Ttl, id: WriteId) -> Result<Begun> {
         const OP: &str = "write";
         too_large(&self.store, data.len(), OP)?;
         if self.stale {
@@ -463,15 +494,14 @@ impl SessionFile {
             if repeated && (self.settled || self.store.config.durability == Durability::None) {
                 self.creating = false;
                 self.check(OP)?;
-                return Ok(Written::AlreadyApplied);
+                return Ok(Begun::Done(Written::AlreadyApplied));
             }
         }
-        self.put(Some(data), id, now + ttl.as_millis(), true, OP)?;
-        Ok(Written::Applied)
+        self.put(Some(data), id, now + ttl.as_millis(), true, OP)
     }
 
-    /// Moves the deadline to now plus `ttl`.
-    pub(crate) fn touch(&mut self, ttl: Ttl) -> Result<Written> {
+    /// Moves the deadline as far as that needs no disk, unless the write before has not reached it.
+    pub(crate) fn begin_touch(&mut self, ttl: Ttl) -> Result<Begun> {
         const OP: &str = "touch";
         if self.stale {
             self.reload(OP)?;
@@ -479,8 +509,7 @@ impl SessionFile {
         let now = now();
         match self.current {
             Some((entry, _)) if !self.creating && now < entry.deadline => {
-                self.put(None, entry.write, now + ttl.as_millis(), true, OP)?;
-                Ok(Written::Applied)
+                self.put(None, entry.write, now + ttl.as_millis(), true, OP)
             }
             _ => Err(gone(OP)),
         }
@@ -501,7 +530,7 @@ impl SessionFile {
                 }
                 let ahead = after(now, lease.saturating_mul(2));
                 if entry.deadline < ahead {
-                    return self.put(None, entry.write, ahead, false, OP);
+                    return self.put(None, entry.write, ahead, false, OP).map(drop);
                 }
                 self.check(OP)
             }
@@ -608,7 +637,7 @@ impl SessionFile {
     }
 
     /// Makes an entry, with a new payload or for the old one, at the place of the entry that is not in force.
-    fn put(&mut self, data: Option<&[u8]>, id: WriteId, deadline: u64, keep: bool, op: &'static str) -> Result<()> {
+    fn put(&mut self, data: Option<&[u8]>, id: WriteId, deadline: u64, keep: bool, op: &'static str) -> Result<Begun> {
         let durable = keep && self.store.config.durability >= Durability::Data;
         if durable && !self.settled {
             // The other entry is the last one that the disk has for sure, until the one in force has got there.
@@ -632,20 +661,38 @@ impl SessionFile {
         let created = self.creating;
         (self.creating, self.empty) = (false, false);
         if durable {
-            sync(&self.file).map_err(|cause| fault(op, cause).with_kind(ErrorKind::Unknown))?;
-            if created && self.store.config.durability == Durability::Full {
-                let name = self.store.dir.name(&self.id);
-                self.store.dir.sync(&name).map_err(|cause| fault(op, cause).with_kind(ErrorKind::Unknown))?;
-            }
-            self.settle(before.map(|(_, place)| place));
-        } else {
-            self.settled = false;
+            return Ok(Begun::Unsynced(Unsynced { before, created }));
         }
+        self.settled = false;
         if let Some((before, _)) = before {
             self.shrink(&before, &entry);
         }
         self.stale = false;
-        Ok(())
+        Ok(Begun::Done(Written::Applied))
+    }
+
+    /// Waits for the disk where that was begun. Until then the file is stale: what follows reads it again.
+    pub(crate) fn finish(&mut self, begun: Begun, op: &'static str) -> Result<Written> {
+        let Unsynced { before, created } = match begun {
+            Begun::Done(written) => return Ok(written),
+            Begun::Unsynced(unsynced) => unsynced,
+        };
+        sync(&self.file).map_err(|cause| fault(op, cause).with_kind(ErrorKind::Unknown))?;
+        if created && self.store.config.durability == Durability::Full {
+            let name = self.store.dir.name(&self.id);
+            self.store.dir.sync(&name).map_err(|cause| fault(op, cause).with_kind(ErrorKind::Unknown))?;
+        }
+        self.settle(before.map(|(_, place)| place));
+        if let (Some((before, _)), Some((entry, _))) = (before, self.current) {
+            self.shrink(&before, &entry);
+        }
+        self.stale = false;
+        Ok(Written::Applied)
+    }
+
+    /// Whether the next write can begin without waiting for the disk.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.settled && !self.stale
     }
 
     /// Notes that the entry in force has reached the disk: nothing may fall back to the one before, and the next writer need not

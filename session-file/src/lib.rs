@@ -34,6 +34,7 @@ mod handler;
 mod io;
 mod layout;
 mod lock;
+mod sync;
 mod wait;
 
 pub use config::{Durability, FileConfig, Io};

@@ -12,13 +12,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use session_core::{Error, ErrorKind, Held, Holder, Lease, LeaseRequest, LeaseToken, Result, SessionId, SessionLock};
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
+use tokio::sync::{MutexGuard, oneshot};
 
 use crate::config::{FileConfig, Io};
 use crate::dir::{Dir, Plain, Stat, fault, stat};
 use crate::io::{Claim, SessionFile, Store, gone, mark_waiting, now, pooled, read_head, run, write_at};
 use crate::layout::{HEADER, HOLDER_AT, Header};
+use crate::sync::SyncThreads;
 use crate::wait::{self, Attempt, deadline, in_line};
 
 /// A [`SessionLock`] by kernel locks on files in a directory, for handlers that have none of their own.
@@ -132,8 +132,8 @@ async fn renew(lease: &Lease) -> Result<()> {
 #[derive(Debug)]
 pub(crate) enum Grip {
     Idle(Box<SessionFile>),
-    /// A call is under way on the blocking pool, perhaps one that nobody waits for any more.
-    Busy(JoinHandle<Option<Box<SessionFile>>>),
+    /// A call is under way on another thread, perhaps one that nobody waits for any more.
+    Busy(oneshot::Receiver<Option<Box<SessionFile>>>),
     Empty,
 }
 
@@ -163,17 +163,59 @@ impl Grip {
         work: impl FnOnce(Box<SessionFile>) -> (Option<Box<SessionFile>>, R) + Send + 'static,
     ) -> Result<Option<R>> {
         let Some(file) = self.take().await else { return Ok(None) };
+        let elsewhere = |job| drop(tokio::task::spawn_blocking(job));
+        self.send_off(elsewhere, move || work(file)).await.map(Some)
+    }
+
+    /// Runs `begin` on the file in place, and `finish` on what it leaves to be done, on a thread that waits for the disk; there it
+    /// runs to its end even if nobody waits for it.
+    async fn apply_in_two<B: Send + 'static, R: Send + 'static>(
+        &mut self,
+        threads: &SyncThreads,
+        begin: impl FnOnce(Box<SessionFile>) -> Half<B, R>,
+        finish: impl FnOnce(Box<SessionFile>, B) -> (Option<Box<SessionFile>>, R) + Send + 'static,
+    ) -> Result<Option<R>> {
+        let Some(file) = self.take().await else { return Ok(None) };
+        match begin(file) {
+            Half::Whole(file, result) => {
+                *self = file.map_or(Self::Empty, Self::Idle);
+                Ok(Some(result))
+            }
+            Half::Begun(file, begun) => {
+                let elsewhere = |job| {
+                    if let Err(job) = threads.run(job) {
+                        drop(tokio::task::spawn_blocking(job));
+                    }
+                };
+                self.send_off(elsewhere, move || finish(file, begun)).await.map(Some)
+            }
+        }
+    }
+
+    /// Has `work` done elsewhere and waits for it; meanwhile, and if nobody waits, this is busy.
+    async fn send_off<R: Send + 'static>(
+        &mut self,
+        elsewhere: impl FnOnce(Box<dyn FnOnce() + Send>),
+        work: impl FnOnce() -> (Option<Box<SessionFile>>, R) + Send + 'static,
+    ) -> Result<R> {
+        let (give, back) = oneshot::channel();
         let (answer, answered) = oneshot::channel();
-        *self = Self::Busy(tokio::task::spawn_blocking(move || {
-            let (file, result) = work(file);
-            // Nobody may be waiting for it any more.
+        *self = Self::Busy(back);
+        elsewhere(Box::new(move || {
+            let (file, result) = work();
+            // Nobody may be waiting for them any more.
             let _ = answer.send(result);
-            file
+            let _ = give.send(file);
         }));
         *self = self.take().await.map_or(Self::Empty, Self::Idle);
-        let lost = |_| Error::new(ErrorKind::Unknown, "file", "the blocking pool ended before the call did");
-        answered.await.map(Some).map_err(lost)
+        answered.await.map_err(|_| Error::new(ErrorKind::Unknown, "file", "the process ended before the call did"))
     }
+}
+
+/// How far a call got without waiting for the disk.
+pub(crate) enum Half<B, R> {
+    Whole(Option<Box<SessionFile>>, R),
+    Begun(Box<SessionFile>, B),
 }
 
 /// The lock of an open session: a file, and the lease that shares it with a renewal once somebody has asked for one.
@@ -212,6 +254,19 @@ impl Hold {
         grip_in(&mut state).apply(work).await
     }
 
+    /// Runs `begin` on the file in place, and `finish` on a thread that waits for the disk; `None` if there is no file any more.
+    pub(crate) async fn in_two<B: Send + 'static, R: Send + 'static>(
+        &mut self,
+        threads: &SyncThreads,
+        begin: impl FnOnce(Box<SessionFile>) -> Half<B, R>,
+        finish: impl FnOnce(Box<SessionFile>, B) -> (Option<Box<SessionFile>>, R) + Send + 'static,
+    ) -> Result<Option<R>> {
+        match self.held.get() {
+            None => self.grip.get_mut().apply_in_two(threads, begin, finish).await,
+            Some(held) => grip_in(&mut held.lease.state().lock().await).apply_in_two(threads, begin, finish).await,
+        }
+    }
+
     /// Runs `work` on the file, where `io` says; `None` if there is none any more.
     pub(crate) async fn run<R: Send + 'static>(
         &mut self,
@@ -240,7 +295,7 @@ impl Hold {
     }
 }
 
-fn grip_in(state: &mut Box<dyn Any + Send>) -> &mut Grip {
+fn grip_in<'a>(state: &'a mut MutexGuard<'_, Box<dyn Any + Send>>) -> &'a mut Grip {
     state.downcast_mut::<Grip>().expect("the handler put a grip into each of its leases")
 }
 
