@@ -41,18 +41,17 @@ impl HandlerCycle {
     }
 
     pub(crate) async fn run(&self, length: Duration) -> Result<Round, Failure> {
-        run(self.ids.len(), length, |task| {
+        run(self.ids.len(), length, |task, mut laps| {
             let (handler, id) = (self.handler.clone(), self.ids[task].clone());
-            move || {
-                let (handler, id) = (handler.clone(), id.clone());
-                async move {
+            async move {
+                while laps.next().await {
                     let mut open = handler.open(&id, &OpenRequest::exclusive(WAIT, LEASE)).await?;
                     let mut record = open.read().await?.ok_or_else(lost)?;
                     record.data[0] = record.data[0].wrapping_add(1);
                     record.ttl = Ttl::new(TTL);
                     open.save(&Change::Write(record), WriteId::random()?).await?;
-                    Ok(())
                 }
+                Ok(laps.round())
             }
         })
         .await
@@ -80,17 +79,16 @@ impl SessionCycle {
     }
 
     pub(crate) async fn run(&self, length: Duration) -> Result<Round, Failure> {
-        run(self.ids.len(), length, |task| {
+        run(self.ids.len(), length, |task, mut laps| {
             let (sessions, id) = (self.sessions.clone(), self.ids[task].clone());
-            move || {
-                let (sessions, id) = (sessions.clone(), id.clone());
-                async move {
+            async move {
+                while laps.next().await {
                     let mut session = sessions.open(&id).await?;
                     let n = session.get::<u64>("n")?.ok_or_else(lost)?;
                     session.insert("n", &(n + 1))?;
                     session.close().await?;
-                    Ok(())
                 }
+                Ok(laps.round())
             }
         })
         .await
@@ -122,16 +120,16 @@ impl PeerCycle {
     }
 
     pub(crate) async fn run(&self, length: Duration) -> Result<Round, Failure> {
-        run(self.ids.len(), length, |task| {
+        run(self.ids.len(), length, |task, mut laps| {
             let (store, id) = (self.store.clone(), self.ids[task]);
-            move || {
-                let store = store.clone();
-                async move {
+            async move {
+                while laps.next().await {
                     let mut record = store.load(&id).await.map_err(peer_failed)?.ok_or_else(lost)?;
                     let n = record.data.get("n").and_then(serde_json::Value::as_u64).ok_or_else(lost)?;
                     record.data.insert("n".to_owned(), json!(n + 1));
-                    store.save(&record).await.map_err(peer_failed)
+                    store.save(&record).await.map_err(peer_failed)?;
                 }
+                Ok(laps.round())
             }
         })
         .await
@@ -146,39 +144,60 @@ fn peer_failed(error: tower_sessions_core::session_store::Error) -> Error {
     Error::new(ErrorKind::Unavailable, "bench", "the peer's store failed").with_source(error)
 }
 
-/// Runs `tasks` tasks for `length`, each in a loop of its own cycles.
-async fn run<C, F>(tasks: usize, length: Duration, cycle_of: impl Fn(usize) -> C) -> Result<Round, Failure>
+/// Runs `tasks` tasks for `length`. Each is a loop of cycles, as each thread of a plain program is: nothing but the cycles and one
+/// look at the clock between them is measured.
+async fn run<F>(tasks: usize, length: Duration, task_of: impl Fn(usize, Laps) -> F) -> Result<Round, Failure>
 where
-    C: Fn() -> F + Send + 'static,
-    F: Future<Output = session_core::Result<()>> + Send + 'static,
+    F: Future<Output = session_core::Result<Round>> + Send + 'static,
 {
     let start = Arc::new(Barrier::new(tasks));
     let mut running = JoinSet::new();
     for task in 0..tasks {
-        let (start, cycle) = (start.clone(), cycle_of(task));
-        running.spawn(async move {
-            let mut waits = Vec::with_capacity(1 << 17);
-            start.wait().await;
-            let started = Instant::now();
-            let end = started + length;
-            let mut before = started;
-            while before < end {
-                cycle().await?;
-                let now = Instant::now();
-                waits.push(Round::nanos(now - before));
-                before = now;
-                // A cycle that never waits gives the other tasks of this thread no turn; a request that has ended does.
-                if waits.len().is_multiple_of(8) && tasks > 1 {
-                    tokio::task::yield_now().await;
-                    before = Instant::now();
-                }
-            }
-            Ok::<_, Error>(Round { elapsed: before - started, waits })
-        });
+        running.spawn(task_of(task, Laps::new(start.clone(), tasks, length)));
     }
     let mut rounds = Vec::with_capacity(tasks);
     while let Some(ended) = running.join_next().await {
         rounds.push(ended.expect("a cycle does not panic")?);
     }
     Ok(Round::join(rounds))
+}
+
+/// The clock of one task's loop.
+struct Laps {
+    start: Arc<Barrier>,
+    alone: bool,
+    length: Duration,
+    started: Option<Instant>,
+    before: Instant,
+    waits: Vec<u32>,
+}
+
+impl Laps {
+    fn new(start: Arc<Barrier>, tasks: usize, length: Duration) -> Self {
+        let waits = Vec::with_capacity(1 << 17);
+        Self { start, alone: tasks == 1, length, started: None, before: Instant::now(), waits }
+    }
+
+    /// Ends one cycle and says whether there is time for the next. The first waits until all tasks are there.
+    async fn next(&mut self) -> bool {
+        let Some(started) = self.started else {
+            self.start.wait().await;
+            self.before = Instant::now();
+            self.started = Some(self.before);
+            return true;
+        };
+        let now = Instant::now();
+        self.waits.push(Round::nanos(now - self.before));
+        self.before = now;
+        // A cycle that never waits gives the other tasks of this thread no turn; a request that has ended does.
+        if self.waits.len().is_multiple_of(8) && !self.alone {
+            tokio::task::yield_now().await;
+            self.before = Instant::now();
+        }
+        self.before < started + self.length
+    }
+
+    fn round(self) -> Round {
+        Round { elapsed: self.started.map_or(Duration::ZERO, |started| self.before - started), waits: self.waits }
+    }
 }
