@@ -31,7 +31,7 @@ const NAME_MAX: usize = 255;
 #[derive(Debug)]
 pub(crate) struct Dir {
     path: PathBuf,
-    fd: RwLock<OwnedFd>,
+    fd: RwLock<Arc<OwnedFd>>,
     depth: usize,
     uid: u32,
     /// Whether the kernel knows `openat2`; a sandbox may not.
@@ -109,8 +109,15 @@ impl Dir {
         }
         test_locks(&fd, &path)?;
         let depth = usize::from(config.depth);
-        let fd = RwLock::new(fd);
+        let fd = RwLock::new(Arc::new(fd));
         Ok(Self { path, fd, depth, uid: geteuid().as_raw(), resolve: AtomicBool::new(true) })
+    }
+
+    /// Returns the same directory behind a lock of its own, for another thread; the descriptor is one.
+    pub(crate) fn another(&self) -> Self {
+        let fd = RwLock::new(Arc::clone(&self.fd()));
+        let resolve = AtomicBool::new(self.resolve.load(Ordering::Relaxed));
+        Self { path: self.path.clone(), fd, depth: self.depth, uid: self.uid, resolve }
     }
 
     /// Returns the name of the file of a session, relative to the directory.
@@ -220,7 +227,7 @@ impl Dir {
         if stat.links == 0 || !self.is_named(name, &stat) {
             return Ok(false);
         }
-        match unlinkat(&*self.fd(), name, UnlinkatFlags::NoRemoveDir) {
+        match unlinkat(&**self.fd(), name, UnlinkatFlags::NoRemoveDir) {
             Ok(()) => Ok(true),
             Err(Errno::ENOENT) => Ok(false),
             Err(errno) => Err(fault(op, errno)),
@@ -284,18 +291,18 @@ impl Dir {
     /// Finds out, when a name was not found, whether the directory itself is gone, and opens what stands in its place; says
     /// whether it did.
     fn opened_anew(&self, op: &'static str) -> Result<bool> {
-        let gone = stat(&*self.fd()).map_err(|cause| fault(op, cause))?.links == 0;
+        let gone = stat(&**self.fd()).map_err(|cause| fault(op, cause))?.links == 0;
         if gone {
             // "No such session" would be wrong: the store does not answer.
             let fd = check(&self.path).map_err(|error| error.with_kind(ErrorKind::Unavailable))?;
-            *self.fd.write().unwrap_or_else(PoisonError::into_inner) = fd;
+            *self.fd.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(fd);
         }
         Ok(gone)
     }
 
     fn make_parents(&self, name: &str) -> nix::Result<()> {
         for (slash, _) in name.match_indices('/') {
-            match mkdirat(&*self.fd(), &name[..slash], Mode::S_IRWXU) {
+            match mkdirat(&**self.fd(), &name[..slash], Mode::S_IRWXU) {
                 Ok(()) | Err(Errno::EEXIST) => {}
                 Err(errno) => return Err(errno),
             }
@@ -322,7 +329,7 @@ impl Dir {
     }
 
     /// Must not be kept while the directory may be opened anew.
-    fn fd(&self) -> RwLockReadGuard<'_, OwnedFd> {
+    fn fd(&self) -> RwLockReadGuard<'_, Arc<OwnedFd>> {
         self.fd.read().unwrap_or_else(PoisonError::into_inner)
     }
 }

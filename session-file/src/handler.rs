@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::fs::File;
 use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -25,13 +26,25 @@ use crate::io::{
 use crate::lock::{FileLock, Half, Hold, timed_out};
 use crate::wait::{Attempt, deadline, in_line};
 
+/// How many openings, each on a thread of its own, refer to nothing that another one changes. A count of references or of readers
+/// that two processors change in turn costs either as much as a call to the kernel.
+const LANES: usize = 16;
+
+thread_local! {
+    /// The number of this thread.
+    static LANE: usize = {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    };
+}
+
 /// Keeps sessions in files, one each, under kernel locks. Cloning it is cheap.
 ///
 /// See the [crate](crate) for what it may lose. It needs a tokio runtime with time and I/O enabled.
 #[derive(Clone)]
 pub struct FileHandler {
     pub(crate) store: Arc<Store>,
-    lock: Arc<FileLock>,
+    lanes: Arc<[Arc<FileLock>]>,
     /// Where the last collection stopped.
     walk: Arc<Mutex<Option<Walk>>>,
     pub(crate) listing: Arc<Mutex<Option<admin::Listing>>>,
@@ -52,14 +65,15 @@ impl FileHandler {
     /// parent, or its file system has no kernel locks; the text has the command that mends it.
     pub fn open_dir(config: FileConfig) -> Result<Self> {
         let store = Arc::new(Store::open(config)?);
-        let lock = Arc::new(FileLock::on(Arc::clone(&store)));
-        Ok(Self { store, lock, walk: Arc::default(), listing: Arc::default() })
+        let lanes: Result<Vec<_>> = (1..LANES).map(|_| Ok(FileLock::on(Arc::new(store.another()?)))).collect();
+        let lanes = lanes?.into_iter().chain([FileLock::on(Arc::clone(&store))]).map(Arc::new).collect();
+        Ok(Self { store, lanes, walk: Arc::default(), listing: Arc::default() })
     }
 
     /// Returns a lock on files of its own in the same directory, for [`Locked`](https://docs.rs/session-core) or on its own.
     #[must_use]
     pub fn lock(&self) -> FileLock {
-        FileLock::clone(&self.lock)
+        FileLock::on(Arc::clone(&self.store))
     }
 
     /// Returns the settings.
@@ -68,40 +82,31 @@ impl FileHandler {
         &self.store.config
     }
 
-    async fn exclusive(&self, id: &SessionId, expect: Expect, wait: Duration, lease: Duration) -> Result<Opened> {
-        let io = self.store.config.io;
+    /// Returns what an opening on this thread refers to.
+    fn lane(&self) -> &Arc<FileLock> {
+        &self.lanes[LANE.with(|number| number % LANES)]
+    }
+
+    async fn exclusive(
+        store: &Arc<Store>,
+        id: &SessionId,
+        expect: Expect,
+        wait: Duration,
+        lease: Duration,
+    ) -> Result<Opened> {
+        let io = store.config.io;
         let manner = Manner { existing: expect == Expect::Existing, lease, turn: Turn::Newcomer };
         // What seldom happens is boxed: all would carry the state for it.
         let attempt = if pooled(io, false) {
-            let (store, id) = (Arc::clone(&self.store), id.clone());
+            let (store, id) = (Arc::clone(store), id.clone());
             Box::pin(run(io, false, move || SessionFile::open(&store, &id, None, manner))).await??
         } else {
-            SessionFile::open(&self.store, id, None, manner)?
+            SessionFile::open(store, id, None, manner)?
         };
         match attempt {
             Attempt::Done(opened) => Ok(opened),
-            Attempt::Busy { file, .. } => Box::pin(self.stand_in_line(id, file, manner, wait)).await,
+            Attempt::Busy { file, .. } => Box::pin(stand_in_line(store, id, file, manner, wait)).await,
         }
-    }
-
-    async fn stand_in_line(&self, id: &SessionId, file: File, manner: Manner, wait: Duration) -> Result<Opened> {
-        let until = deadline(wait);
-        // Whoever expects a session need not wait for one that is not there any more.
-        let absent = move |file: &File| (manner.existing && peek_absent(file)).then_some(None);
-        if let Some(opened) = absent(&file) {
-            return Ok(opened);
-        }
-        if wait.is_zero() {
-            return Err(timed_out("open", &file, wait));
-        }
-        let mark = move |file: &File| mark_waiting(file, wait);
-        let (store, id) = (Arc::clone(&self.store), id.clone());
-        let attempt = move |file| match SessionFile::open(&store, &id, Some(file), Manner { turn: Turn::First, ..manner })? {
-            Attempt::Busy { file, .. } if absent(&file).is_some() => Ok(Attempt::Done(None)),
-            attempt => Ok(attempt),
-        };
-        let waited = in_line(&self.store.watch, self.store.config.io, file, until, attempt, absent, mark).await?;
-        waited.map_err(|file| timed_out("open", &file, wait))
     }
 }
 
@@ -114,8 +119,9 @@ impl fmt::Debug for FileHandler {
 #[async_trait]
 impl SessionHandler for FileHandler {
     async fn open(&self, id: &SessionId, request: &OpenRequest) -> Result<Box<dyn OpenSession>> {
+        let lock = self.lane();
         let mut session = FileSession {
-            lock: Arc::clone(&self.lock),
+            lock: Arc::clone(lock),
             id: id.clone(),
             request: *request,
             mode: Mode::Absent,
@@ -128,13 +134,13 @@ impl SessionHandler for FileHandler {
             (Access::ReadOnly, Expect::Fresh) => session.mode = Mode::View,
             (_, Expect::Fresh) => session.mode = Mode::Fresh,
             (Access::Exclusive { wait, lease }, expect) => {
-                if let Some((file, record)) = self.exclusive(id, expect, wait, lease).await? {
+                if let Some((file, record)) = Self::exclusive(&lock.store, id, expect, wait, lease).await? {
                     session.mode = Mode::Held(Hold::new(file, lease));
                     session.fetched = Some(record.map(|(record, _)| record));
                 }
             }
             (access @ (Access::ReadOnly | Access::Optimistic), _) => {
-                let record = Box::pin(peek_at(&self.store, id)).await?;
+                let record = Box::pin(peek_at(&lock.store, id)).await?;
                 session.mode = if access == Access::ReadOnly { Mode::View } else { Mode::Optimistic };
                 session.base = record.as_ref().map(|(_, write)| *write);
                 session.fetched = Some(record.map(|(record, _)| record));
@@ -514,6 +520,26 @@ impl Drop for FileSession {
             hold.abandon();
         }
     }
+}
+
+async fn stand_in_line(store: &Arc<Store>, id: &SessionId, file: File, manner: Manner, wait: Duration) -> Result<Opened> {
+    let until = deadline(wait);
+    // Whoever expects a session need not wait for one that is not there any more.
+    let absent = move |file: &File| (manner.existing && peek_absent(file)).then_some(None);
+    if let Some(opened) = absent(&file) {
+        return Ok(opened);
+    }
+    if wait.is_zero() {
+        return Err(timed_out("open", &file, wait));
+    }
+    let mark = move |file: &File| mark_waiting(file, wait);
+    let (shared, id) = (Arc::clone(store), id.clone());
+    let attempt = move |file| match SessionFile::open(&shared, &id, Some(file), Manner { turn: Turn::First, ..manner })? {
+        Attempt::Busy { file, .. } if absent(&file).is_some() => Ok(Attempt::Done(None)),
+        attempt => Ok(attempt),
+    };
+    let waited = in_line(&store.watch, store.config.io, file, until, attempt, absent, mark).await?;
+    waited.map_err(|file| timed_out("open", &file, wait))
 }
 
 /// Reads the last committed state, without a lock.

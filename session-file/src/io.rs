@@ -41,14 +41,25 @@ pub(crate) struct Store {
     pub(crate) config: FileConfig,
     pub(crate) watch: Arc<Watch>,
     pub(crate) tokens: Tokens,
-    pub(crate) threads: SyncThreads,
+    pub(crate) threads: Arc<SyncThreads>,
 }
 
 impl Store {
     /// Opens the directory of `config`.
     pub(crate) fn open(config: FileConfig) -> Result<Self> {
         let dir = Arc::new(Dir::open(&config)?);
-        Ok(Self { dir, config, watch: Arc::default(), tokens: Tokens::new()?, threads: SyncThreads::new() })
+        Ok(Self { dir, config, watch: Arc::default(), tokens: Tokens::new()?, threads: Arc::new(SyncThreads::new()) })
+    }
+
+    /// Returns the same store for the use of another thread: what is changed by each call is not shared with it.
+    pub(crate) fn another(&self) -> Result<Self> {
+        Ok(Self {
+            dir: Arc::new(self.dir.another()),
+            config: self.config.clone(),
+            watch: Arc::clone(&self.watch),
+            tokens: Tokens::new()?,
+            threads: Arc::clone(&self.threads),
+        })
     }
 }
 
