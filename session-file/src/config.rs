@@ -23,8 +23,10 @@ pub enum Durability {
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Io {
-    /// What only touches the page cache runs in place, because a hop to another thread costs ten times the calls; what may wait
-    /// for the disk (a sync, a payload over 64 KiB, a walk through the directory) runs on the runtime's blocking pool.
+    /// What only touches the page cache runs in place, because a hop to another thread costs ten times the calls. What may wait
+    /// for the disk never does: to sync what a holder has saved is the work of at most sixteen threads of the store's own, which
+    /// end when there is none, and the rest (a payload of a new session, a walk through the directory) runs on the runtime's
+    /// blocking pool.
     #[default]
     Auto,
     /// Everything runs in place. For a disk that never makes anybody wait, such as tmpfs.

@@ -25,7 +25,7 @@
 //! ```
 //!
 //! Reading order: `layout` (what stands where), `io` (one file under its lock), `handler` (what each access does), `wait` (how
-//! the lock is waited for), `dir` (whose files these are).
+//! the lock is waited for), `sync` (who waits for the disk), `dir` (whose files these are).
 
 mod admin;
 mod config;

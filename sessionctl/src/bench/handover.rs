@@ -35,7 +35,7 @@ pub(crate) async fn between_processes(dsn: &str, times: u32) -> Result<Round, Fa
     let tell = |error| Failure::local("talk to the waiter")(error);
     let store = serde_json::to_string(&(dsn, id.as_str())).expect("two texts are always JSON");
     to_child.write_all(format!("{store}\n").as_bytes()).await.map_err(tell)?;
-    let mut waits = Vec::new();
+    let (began, mut waits) = (Instant::now(), Vec::new());
     for _ in 0..times {
         let session = sessions.open(&id).await?;
         to_child.write_all(b"open\n").await.map_err(tell)?;
@@ -50,7 +50,7 @@ pub(crate) async fn between_processes(dsn: &str, times: u32) -> Result<Round, Fa
     }
     drop(to_child);
     child.wait().await.map_err(tell)?;
-    Ok(Round { elapsed: Duration::ZERO, waits })
+    Ok(Round { ran: (began, Instant::now()), waits })
 }
 
 async fn next_line<R: tokio::io::AsyncRead + Unpin>(lines: &mut Lines<BufReader<R>>) -> Result<String, Failure> {
@@ -79,7 +79,7 @@ pub(crate) async fn wait_for_handovers(mut lines: Lines<BufReader<Stdin>>) -> Re
 /// Times hand-overs between two tasks.
 pub(crate) async fn between_tasks(sessions: &Sessions, times: u32) -> Result<Round, Failure> {
     let id = stored(sessions).await?;
-    let mut waits = Vec::new();
+    let (began, mut waits) = (Instant::now(), Vec::new());
     for _ in 0..times {
         let session = sessions.open(&id).await?;
         let waiter = tokio::spawn({
@@ -97,7 +97,7 @@ pub(crate) async fn between_tasks(sessions: &Sessions, times: u32) -> Result<Rou
         let opened = waiter.await.expect("the waiter does not panic")?;
         waits.push(Round::nanos(opened.saturating_duration_since(closed)));
     }
-    Ok(Round { elapsed: Duration::ZERO, waits })
+    Ok(Round { ran: (began, Instant::now()), waits })
 }
 
 async fn stored(sessions: &Sessions) -> Result<SessionId, Failure> {

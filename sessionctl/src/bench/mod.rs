@@ -7,7 +7,7 @@ mod ours;
 mod plain;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
 use serde::Serialize;
@@ -25,8 +25,8 @@ use crate::store::{Place, connect, redact};
 /// What one contender did in one round.
 #[derive(Debug)]
 pub(crate) struct Round {
-    /// How long it ran.
-    pub(crate) elapsed: Duration,
+    /// When it began and ended.
+    pub(crate) ran: (Instant, Instant),
     /// How long each cycle took, in nanoseconds.
     pub(crate) waits: Vec<u32>,
 }
@@ -36,15 +36,17 @@ impl Round {
         u32::try_from(wait.as_nanos()).unwrap_or(u32::MAX)
     }
 
-    /// Joins what ran side by side.
+    /// Joins what ran side by side. A thread that got the processor late ran late: from the first beginning to the last end.
     fn join(parts: Vec<Self>) -> Self {
-        let elapsed = parts.iter().map(|part| part.elapsed).max().unwrap_or_default();
-        Self { elapsed, waits: parts.into_iter().flat_map(|part| part.waits).collect() }
+        let now = Instant::now();
+        let began = parts.iter().map(|part| part.ran.0).min().unwrap_or(now);
+        let ended = parts.iter().map(|part| part.ran.1).max().unwrap_or(now);
+        Self { ran: (began, ended), waits: parts.into_iter().flat_map(|part| part.waits).collect() }
     }
 
     #[expect(clippy::cast_precision_loss, reason = "nobody counts 2^52 cycles in a round")]
     fn cycles_per_s(&self) -> f64 {
-        self.waits.len() as f64 / self.elapsed.as_secs_f64().max(1e-9)
+        self.waits.len() as f64 / (self.ran.1 - self.ran.0).as_secs_f64().max(1e-9)
     }
 }
 
@@ -325,6 +327,15 @@ fn print(dsn: &str, args: &BenchArgs, measured: &[Measurement], out: &Output) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_ran_side_by_side_but_not_at_the_same_time_took_as_long_as_all_of_it() {
+        let began = Instant::now();
+        let at = |ms| began + Duration::from_millis(ms);
+        let late = Round { ran: (at(50), at(100)), waits: vec![1; 30] };
+        let joined = Round::join(vec![Round { ran: (at(0), at(50)), waits: vec![1; 20] }, late]);
+        assert!((joined.cycles_per_s() - 500.0).abs() < 1e-6);
+    }
 
     #[test]
     fn medians_and_quantiles_are_of_the_middle() {

@@ -198,6 +198,6 @@ impl Laps {
     }
 
     fn round(self) -> Round {
-        Round { elapsed: self.started.map_or(Duration::ZERO, |started| self.before - started), waits: self.waits }
+        Round { ran: (self.started.unwrap_or(self.before), self.before), waits: self.waits }
     }
 }

@@ -73,7 +73,7 @@ impl Program {
                 waits.push(Round::nanos(now - before));
                 before = now;
             }
-            Ok::<_, io::Error>(Round { elapsed: before - started, waits })
+            Ok::<_, io::Error>(Round { ran: (started, before), waits })
         };
         thread::scope(|scope| {
             let threads: Vec<_> = (0..tasks).map(|task| scope.spawn(move || one(task))).collect();
