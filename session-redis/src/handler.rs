@@ -273,7 +273,7 @@ impl RedisOpening {
         self.change("touch", b't', None, ttl, b"", then, None).await
     }
 
-    /// Sends a change and draws the consequences of its outcome, which the script has drawn for the lock already.
+    /// Sends a change and draws the consequences of its outcome. Unless it was refused, the script has drawn those for the lock.
     #[allow(clippy::too_many_arguments, reason = "one for each part of the change")]
     async fn change(
         &mut self,
@@ -322,7 +322,7 @@ impl RedisOpening {
             Ok(answer) => answer,
             Err(failure) => {
                 self.unsettled = before || sent || failure.sent;
-                let error = failure.into_outcome(operation, sent);
+                let error = failure.into_outcome(operation, before || sent);
                 if !error.kind().keeps_opening() {
                     self.refuse(error.kind());
                 }
@@ -354,7 +354,11 @@ impl RedisOpening {
             ));
         }
         self.unsettled = false;
-        self.ended(End::Refused(kind));
+        if answer == 0 {
+            self.refuse(kind);
+        } else {
+            self.ended(End::Refused(kind));
+        }
         Err(match kind {
             ErrorKind::Corrupt => foreign().into_error(operation),
             kind => End::Refused(kind).error(operation),
@@ -392,7 +396,7 @@ impl RedisOpening {
         answer.map(|_| ()).map_err(|failure| failure.into_outcome("close", false))
     }
 
-    /// Ends the opening after an error that no script has drawn the consequences of.
+    /// Ends the opening after an error, and gives back a lock that a script has left to it.
     fn refuse(&mut self, kind: ErrorKind) {
         if let Some(token) = self.token.take() {
             self.store.release_later(self.keys.clone(), token_text(token), true);

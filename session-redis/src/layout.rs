@@ -125,6 +125,11 @@ pub(crate) fn lock_value(token: &TokenText, lease: Duration, channel: &str) -> V
     value
 }
 
+/// Whether what stands in the key of a lock begins as every version of this library begins it.
+pub(crate) fn is_lock(value: &[u8]) -> bool {
+    matches!(value.split_first_chunk::<32>(), Some((token, [b'|', ..])) if token.iter().all(u8::is_ascii_hexdigit))
+}
+
 /// Reads who holds a lock from its value, as far as it tells.
 pub(crate) fn holder(value: &[u8]) -> Option<Holder> {
     let mut parts = std::str::from_utf8(value).ok()?.splitn(4, '|');
@@ -187,5 +192,9 @@ mod tests {
         assert!(holder.process.starts_with(&format!("pid {} on ", std::process::id())), "{}", holder.process);
         assert!(holder.since.elapsed().unwrap() < Duration::from_secs(5));
         assert_eq!(super::holder(b"1"), None);
+        assert!(is_lock(&value));
+        for foreign in [&b""[..], b"1", &value[..32], &[&b"x"[..], &value].concat()] {
+            assert!(!is_lock(foreign));
+        }
     }
 }

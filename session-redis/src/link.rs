@@ -165,9 +165,9 @@ impl Failure {
         }
     }
 
-    /// For a change: what was sent and not answered may have happened.
+    /// For a change: what was sent and not answered may have happened, whatever the server says to the repeat.
     pub(crate) fn into_outcome(mut self, operation: &'static str, sent_before: bool) -> Error {
-        if (self.sent || sent_before) && self.kind == ErrorKind::Unavailable {
+        if self.sent || sent_before {
             self.kind = ErrorKind::Unknown;
         }
         self.into_error(operation)

@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 
 use crate::cluster::{Cluster, Node};
 use crate::config::RedisConfig;
-use crate::layout::{Body, Keys, TokenText, channel, holder, lock_value, token_text};
+use crate::layout::{Body, Keys, TokenText, channel, holder, is_lock, lock_value, token_text};
 use crate::link::{Failure, Link, error_kind};
 use crate::replicas::Replicas;
 use crate::scripts::{Script, Scripts};
@@ -21,6 +21,9 @@ use crate::waiters::{PassOn, Subscribe, Waiter, Waiters};
 
 /// How long the place of a task that gave up waits for the next task of this process.
 const HEIR: Duration = Duration::from_millis(20);
+
+/// When a lock that nobody wants is given back to a server that did not take it back before.
+const PAUSES: [Duration; 3] = [Duration::from_millis(50), Duration::from_millis(250), Duration::from_secs(1)];
 
 /// How long a place in the queue is worth at most before the one who stands there looks again: the time that a dead waiter
 /// before him may keep the lock.
@@ -126,13 +129,18 @@ impl Store {
 
     /// Sends commands of one session in one flight. What fails in passing is tried once more, so they must bear that.
     pub(crate) async fn ask(&self, keys: &Keys, commands: &Pipeline) -> Result<Vec<Value>, Failure> {
-        match self.ask_once(keys, commands).await {
+        let sent = match self.ask_once(keys, commands).await {
             Ok(answers) if !answers.iter().any(|answer| error_kind(answer) == Some(ServerErrorKind::ReadOnly)) => {
-                Ok(answers)
+                return Ok(answers);
             }
-            Err(failure) if !failure.passing => Err(failure),
-            _ => self.ask_once(keys, commands).await,
-        }
+            Ok(_) => false,
+            Err(failure) if !failure.passing => return Err(failure),
+            Err(failure) => failure.sent,
+        };
+        self.ask_once(keys, commands).await.map_err(|mut failure| {
+            failure.sent |= sent;
+            failure
+        })
     }
 
     /// Runs a script that may be run twice.
@@ -317,6 +325,10 @@ impl Store {
             attempt.armed = false;
             return Ok((token, Granted::Absent));
         }
+        if !owner.is_empty() && !is_lock(&owner) {
+            attempt.armed = false;
+            return Err(foreign_lock().into_error(operation));
+        }
         if mine && !queued {
             let mut left = left;
             if matches!(body, Body::Live { .. }) && left < 2 * lease_ms {
@@ -400,6 +412,10 @@ impl Store {
                     attempt.armed = false;
                     return Ok(Granted::Locked { body, left, clean });
                 }
+                Entered::Busy { owner, .. } if !owner.is_empty() && !is_lock(&owner) => {
+                    attempt.give_up().await;
+                    return Err(foreign_lock().into_error(operation));
+                }
                 Entered::Busy { owner, .. } if rest < Duration::from_millis(1) => {
                     if wait.is_zero() {
                         // It never had a place.
@@ -449,11 +465,22 @@ impl Store {
         });
     }
 
-    /// Gives up whatever `token` has; on failure that ends with its lease.
-    pub(crate) async fn release(&self, keys: &Keys, token: TokenText, clean: bool) {
+    async fn release_once(&self, keys: &Keys, token: TokenText, clean: bool) -> Result<(), Failure> {
         let clean: &[u8] = if clean { b"1" } else { b"0" };
-        if let Err(failure) = self.run(keys, &self.scripts.release, &[&token, clean, b"0"]).await {
-            tracing::debug!(kind = %failure.kind(), "a lock could not be given back and ends with its lease");
+        self.run(keys, &self.scripts.release, &[&token, clean, b"0"]).await.map(drop)
+    }
+
+    /// Gives up whatever `token` has, also to a server that comes back a moment later; otherwise that ends with its lease.
+    async fn release(&self, keys: &Keys, token: TokenText, clean: bool) {
+        let mut pauses = PAUSES.iter();
+        while let Err(failure) = self.release_once(keys, token, clean).await {
+            match pauses.next() {
+                Some(pause) if failure.kind() == ErrorKind::Unavailable => tokio::time::sleep(*pause).await,
+                _ => {
+                    tracing::debug!(kind = %failure.kind(), "a lock could not be given back and ends with its lease");
+                    return;
+                }
+            }
         }
     }
 
@@ -482,7 +509,11 @@ impl Store {
 
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Store").field("config", &self.config).field("servers", &self.servers).finish_non_exhaustive()
+        f.debug_struct("Store")
+            .field("config", &self.config)
+            .field("servers", &self.servers)
+            .field("waiters", &self.waiters)
+            .finish_non_exhaustive()
     }
 }
 
@@ -497,8 +528,8 @@ struct Attempt<'a> {
 
 impl Attempt<'_> {
     async fn give_up(&mut self) {
-        self.store.release(self.keys, self.token, true).await;
-        self.armed = false;
+        // What fails is tried again behind the caller's back.
+        self.armed = self.store.release_once(self.keys, self.token, true).await.is_err();
     }
 }
 
@@ -555,6 +586,10 @@ fn lock_timeout(operation: &'static str, wait: Duration, owner: &[u8]) -> Error 
 
 pub(crate) fn foreign() -> Failure {
     Failure::corrupt("the record is nothing that any version of this library writes; it was left alone")
+}
+
+fn foreign_lock() -> Failure {
+    Failure::corrupt("the lock of the session is nothing that any version of this library writes; it was left alone")
 }
 
 pub(crate) fn millis(duration: Duration) -> i64 {

@@ -4,8 +4,9 @@ local RECORD, LOCK, QUEUE = KEYS[1], KEYS[2], KEYS[3]
 -- What stands before a payload: four bytes that say what it is, then the id of the last write.
 local LIVE, BURIED, HEADER = 'skr1', 'skt1', 20
 
--- How long a waiter who was given the lock has to come for it, and how long a destroyed record is remembered at least, in ms.
-local CLAIM, REMEMBER = 1000, 60000
+-- How long a waiter who was given the lock has to come for it, how long a destroyed record is remembered at least, and how long a
+-- place outlasts its waiter, for the next one of his process, in ms.
+local CLAIM, REMEMBER, HEIR = 1000, 60000, 20
 
 -- The value of a lock is `token|lease|since|channel`. While it is a grant that its waiter has not come for, a mark stands behind:
 -- `|c` if the holder before let go, `|g` if not. A place in the queue is the same without a mark, and then `|deadline`.

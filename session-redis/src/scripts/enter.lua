@@ -53,11 +53,12 @@ if granted then
 end
 
 if wait <= 0 then
-  leave(token)
+  -- Whoever has stood in the queue leaves his place to the next one of his process, who has to come soon.
+  if not queued then leave(token) end
   leave(heir)
   return {0, owner, 0, 0}
 end
-local entry = value .. '|' .. (now() + wait)
+local entry = value .. '|' .. (now() + wait + HEIR)
 local at = 0
 for index, place in ipairs(redis.call('LRANGE', QUEUE, 0, -1)) do
   if is_of(place, token) or is_of(place, heir) then

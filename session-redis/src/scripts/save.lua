@@ -43,7 +43,8 @@ if outcome == 1 then
 end
 if keeps and outcome > 0 then
   if basis == 'u' and exclusive and not owner then redis.call('SET', LOCK, ARGV[7], 'PX', ARGV[8]) end
-elseif own or not owner and waiting > 0 then
+elseif own and outcome ~= 0 or not owner and waiting > 0 then
+  -- Whoever is refused under his own lock may be a late copy of an earlier write, and the holder is still at work.
   if waiting > 0 then hand_on(own) else redis.call('DEL', LOCK) end
 end
 return outcome
