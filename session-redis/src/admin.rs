@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use redis::{Pipeline, Value};
+use redis::{Pipeline, ServerErrorKind, Value};
 use session_core::{Cursor, Error, ErrorKind, LockInfo, Page, Result, SessionAdmin, SessionId, SessionInfo};
 
 use crate::layout::{HEADER, Keys, LOCK, holder, is_live};
@@ -30,14 +30,20 @@ impl RedisAdmin {
 
     /// Sends commands to the server at `place` in the order of the listing; `None` behind the last.
     async fn ask(&self, place: usize, commands: &Pipeline) -> Result<Option<Vec<Value>>, Failure> {
-        match &*self.store.servers {
-            Servers::One { link, .. } if place == 0 => link.ask(commands).await.map(Some),
-            Servers::One { .. } => Ok(None),
+        let answers = match &*self.store.servers {
+            Servers::One { link, .. } if place == 0 => link.ask(commands).await?,
+            Servers::One { .. } => return Ok(None),
             Servers::Cluster(cluster) => match cluster.masters().await?.get(place) {
-                Some(node) => node.link.ask(commands).await.map(Some),
-                None => Ok(None),
+                Some(node) => node.link.ask(commands).await?,
+                None => return Ok(None),
             },
-        }
+        };
+        // A single key that cannot be read is skipped; a listing that may read none would look empty.
+        let denied = |answer: &Value| match answer {
+            Value::ServerError(error) if error.kind() == Some(ServerErrorKind::NoPerm) => Some(Failure::refused(error)),
+            _ => None,
+        };
+        answers.iter().find_map(denied).map_or(Ok(Some(answers)), Err)
     }
 
     /// Returns the keys that match beside the next place of the listing.

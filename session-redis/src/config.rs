@@ -16,6 +16,7 @@ use redis::{TlsCertificates, TlsMode};
 use session_core::{Dsn, Error, ErrorKind, Result};
 
 use crate::cluster::Cluster;
+use crate::layout::channel;
 use crate::link::{Failure, Link, Maker, Timeouts};
 use crate::replicas::Replicas;
 use crate::store::{Servers, Store};
@@ -364,7 +365,8 @@ impl RedisConfig {
 
     async fn greet(self, servers: Servers) -> Result<Arc<Store>> {
         // As an object: the client's futures are so deep that a caller's compiler would refuse to look through them.
-        let greeting: Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + '_>> = Box::pin(greet(&servers));
+        let greeting: Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + '_>> =
+            Box::pin(greet(&servers, &self.prefix));
         greeting.await.map_err(|failure| failure.into_error("connect"))?;
         Store::new(servers, self)
     }
@@ -493,15 +495,20 @@ impl RedisConfig {
     }
 }
 
-/// Asks for an answer of any kind.
-async fn greet(servers: &Servers) -> Result<(), Failure> {
+/// Asks for an answer of any kind. Whether waiters may be told is asked too: a script that may not tell them would not say so, and
+/// leave them to their sleep.
+async fn greet(servers: &Servers, prefix: &str) -> Result<(), Failure> {
     match servers {
         Servers::One { link, .. } => {
             let mut commands = Pipeline::new();
-            commands.cmd("PING");
-            match link.ask(&commands).await?.first() {
-                Some(redis::Value::ServerError(error)) => Err(Failure::refused(error)),
-                _ => Ok(()),
+            commands.cmd("PING").cmd("PUBLISH").arg(channel(prefix, "")).arg("");
+            let answers = link.ask(&commands).await?;
+            match answers
+                .iter()
+                .find_map(|answer| if let redis::Value::ServerError(error) = answer { Some(error) } else { None })
+            {
+                Some(error) => Err(Failure::refused(error)),
+                None => Ok(()),
             }
         }
         Servers::Cluster(cluster) => cluster.refresh().await,

@@ -19,6 +19,8 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_
 /// How many time-outs in a row make a connection suspect: its peer may be gone without a word.
 const SILENCES: u32 = 2;
 
+const NOT_PERMITTED: &str = "the user may not do this; see the permissions in the documentation of session-redis";
+
 /// Why a request has no answer that could be used.
 #[derive(Debug)]
 pub(crate) struct Failure {
@@ -63,10 +65,7 @@ impl Failure {
             (Some(ServerErrorKind::Moved | ServerErrorKind::Ask), _) => {
                 (ErrorKind::Config, "the server belongs to a cluster; use redis+cluster://".into())
             }
-            (Some(ServerErrorKind::NoPerm), _) => (
-                ErrorKind::Config,
-                "the user may not do this; see the permissions in the documentation of session-redis".into(),
-            ),
+            (Some(ServerErrorKind::NoPerm), _) => (ErrorKind::Config, NOT_PERMITTED.into()),
             (_, "NOAUTH") => (ErrorKind::Config, "the server asks for a password; write redis://:password@host".into()),
             (_, "WRONGPASS") => (ErrorKind::Config, "the server refuses this user and password".into()),
             (_, "WRONGTYPE") => {
@@ -80,6 +79,13 @@ impl Failure {
             (_, "BUSY") => (ErrorKind::Unavailable, "the server is busy with somebody's script".into()),
             _ if error.details().is_some_and(|details| details.contains("DB index is out of range")) => {
                 (ErrorKind::Config, "the server has no database of this number; see its setting databases".into())
+            }
+            // What a script may not do, in the words of version 7 and of version 6.
+            _ if error.details().is_some_and(|details| {
+                details.contains("ACL failure in script") || details.contains("user executing the script can't")
+            }) =>
+            {
+                (ErrorKind::Config, NOT_PERMITTED.into())
             }
             // The details could name keys.
             (_, code) => (ErrorKind::Unexpected, format!("the server answered with the error {code}").into()),
@@ -107,6 +113,8 @@ impl Failure {
             (ErrorKind::Config, "the server has no database of this number; see its setting databases")
         } else if error.kind() == redis::ErrorKind::MasterNameNotFoundBySentinel {
             (ErrorKind::Unavailable, "no sentinel knows a master of this name that answers")
+        } else if text.contains("peer certificate") {
+            (ErrorKind::Config, "the server's certificate is not trusted; ca= names who may sign it")
         } else if error.kind() == redis::ErrorKind::InvalidClientConfig {
             (ErrorKind::Config, "the address or a certificate cannot be used")
         } else {

@@ -315,8 +315,8 @@ impl Store {
                 return Err(failure.into_error(operation));
             }
         };
-        let owner = bytes(owner).unwrap_or_default();
-        let mine = owner.starts_with(&text);
+        let owner = bytes(owner);
+        let mine = owner.as_ref().is_some_and(|owner| owner.starts_with(&text));
         let queued = int(&queue).map_err(|failure| failure.into_error(operation))? > 0;
         if want == Want::Existing && !matches!(body, Body::Live { .. }) {
             if mine {
@@ -325,7 +325,7 @@ impl Store {
             attempt.armed = false;
             return Ok((token, Granted::Absent));
         }
-        if !owner.is_empty() && !is_lock(&owner) {
+        if owner.as_ref().is_some_and(|owner| !is_lock(owner)) {
             attempt.armed = false;
             return Err(foreign_lock().into_error(operation));
         }
@@ -352,7 +352,7 @@ impl Store {
         }
         if wait.is_zero() && !mine {
             attempt.armed = false;
-            return Err(lock_timeout(operation, wait, &owner));
+            return Err(lock_timeout(operation, wait, owner.as_deref()));
         }
         let granted = self.queue_up(operation, &mut attempt, want, wait, lease, &value, began).await?;
         Ok((token, granted))
@@ -412,7 +412,7 @@ impl Store {
                     attempt.armed = false;
                     return Ok(Granted::Locked { body, left, clean });
                 }
-                Entered::Busy { owner, .. } if !owner.is_empty() && !is_lock(&owner) => {
+                Entered::Busy { owner: Some(owner), .. } if !is_lock(&owner) => {
                     attempt.give_up().await;
                     return Err(foreign_lock().into_error(operation));
                 }
@@ -423,7 +423,7 @@ impl Store {
                     } else {
                         self.leave_place(attempt, waiter);
                     }
-                    return Err(lock_timeout(operation, wait, &owner));
+                    return Err(lock_timeout(operation, wait, owner.as_deref()));
                 }
                 Entered::Busy { lease_left, place, .. } => {
                     // A little later than the lease ends, and not all at the same moment.
@@ -544,7 +544,7 @@ impl Drop for Attempt<'_> {
 enum Entered {
     Absent,
     Granted { body: Body, left: i64, clean: bool },
-    Busy { owner: Vec<u8>, lease_left: u64, place: u32 },
+    Busy { owner: Option<Vec<u8>>, lease_left: u64, place: u32 },
 }
 
 impl Entered {
@@ -561,7 +561,7 @@ impl Entered {
                 Ok(Self::Granted { body, left: int(&next())?, clean: int(&next())? == 1 })
             }
             0 => {
-                let owner = bytes(next()).unwrap_or_default();
+                let owner = bytes(next());
                 let lease_left = u64::try_from(int(&next())?).unwrap_or(0);
                 Ok(Self::Busy { owner, lease_left, place: u32::try_from(int(&next())?).unwrap_or(1) })
             }
@@ -579,9 +579,9 @@ fn spread(answers: Result<Vec<Value>, Failure>, count: usize) -> Vec<Result<Valu
     }
 }
 
-fn lock_timeout(operation: &'static str, wait: Duration, owner: &[u8]) -> Error {
+fn lock_timeout(operation: &'static str, wait: Duration, owner: Option<&[u8]>) -> Error {
     let fact = format!("the lock was not free within {} ms", wait.as_millis());
-    Error::new(ErrorKind::LockTimeout, operation, fact).with_holder(holder(owner))
+    Error::new(ErrorKind::LockTimeout, operation, fact).with_holder(owner.and_then(holder))
 }
 
 pub(crate) fn foreign() -> Failure {

@@ -19,6 +19,12 @@ local function now()
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
+-- Wakes a waiter, and says whether he may have heard it. A user who may not do this must not find out halfway.
+local function tell(channel, token)
+  local heard = redis.pcall('PUBLISH', channel, token .. '|' .. RECORD)
+  return type(heard) == 'number' and (heard > 0 or not SKIP_DEAF)
+end
+
 -- Gives the lock to the first in the queue who listens and whose time has not run out. Without anybody there is no lock.
 local function hand_on(clean)
   local place = redis.call('LPOP', QUEUE)
@@ -26,7 +32,7 @@ local function hand_on(clean)
   while place do
     local value, token, channel, deadline = string.match(place, '^((%x+)|%d+|%d+|(.*))|(%d+)$')
     if value and tonumber(deadline) > at
-      and (redis.call('PUBLISH', channel, token .. '|' .. RECORD) > 0 or not SKIP_DEAF) then
+      and tell(channel, token) then
       redis.call('SET', LOCK, value .. (clean and '|c' or '|g'), 'PX', CLAIM)
       return
     end

@@ -16,7 +16,7 @@ elseif waiting > 0 then
   -- Whoever waits for a session that is gone need not wait for its holder.
   for _, place in ipairs(redis.call('LRANGE', QUEUE, 0, -1)) do
     local name, channel = string.match(place, '^(%x+)|%d+|%d+|(.*)|%d+$')
-    if name then redis.call('PUBLISH', channel, name .. '|' .. RECORD) end
+    if name then tell(channel, name) end
   end
 end
 if kind == LIVE then return {1, body, left} end

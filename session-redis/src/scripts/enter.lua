@@ -27,7 +27,7 @@ if not granted and (own or not owner) then
     end
     local next, name, channel, deadline = string.match(place, '^((%x+)|%d+|%d+|(.*))|(%d+)$')
     if next and tonumber(deadline) > at
-      and (redis.call('PUBLISH', channel, name .. '|' .. RECORD) > 0 or not SKIP_DEAF) then
+      and tell(channel, name) then
       owner = next .. '|g'
       redis.call('SET', LOCK, owner, 'PX', CLAIM)
       break
