@@ -12,9 +12,10 @@ use session_core::{Cursor, Error, ErrorKind, LockInfo, Page, Result, SessionAdmi
 
 use crate::dir::{Dir, Plain, Walk, fault, stat};
 use crate::handler::FileHandler;
-use crate::io::{SessionFile, Store, is_forgotten, load, now, read_head, run};
+use crate::io::{SessionFile, is_forgotten, load, read_head};
 use crate::layout::{HEADER, Header};
 use crate::lock::{KernelLocks, holder};
+use crate::store::{Store, now, run};
 
 /// How many names a listing keeps in memory between two pages.
 const AHEAD: usize = 1 << 16;

@@ -20,10 +20,10 @@ use crate::admin;
 use crate::config::{Durability, FileConfig, Io};
 use crate::dir::{Plain, Walk, fault, stat};
 use crate::io::{
-    Begun, Manner, Opened, SMALL, SessionFile, Store, Turn, Unsynced, destroy, gone, load, mark_waiting, now, peek_absent,
-    pooled, run, too_large,
+    Begun, Manner, Opened, SMALL, SessionFile, Turn, Unsynced, destroy, gone, load, mark_waiting, peek_absent, too_large,
 };
 use crate::lock::{FileLock, Half, Hold, timed_out};
+use crate::store::{Store, now, pooled, run};
 use crate::wait::{Attempt, deadline, in_line};
 
 /// How many openings, each on a thread of its own, refer to nothing that another one changes. A count of references or of readers

@@ -25,7 +25,8 @@
 //! ```
 //!
 //! Reading order: `layout` (what stands where), `io` (one file under its lock), `handler` (what each access does), `wait` (how
-//! the lock is waited for), `sync` (who waits for the disk), `dir` (whose files these are).
+//! the lock is waited for), `store` and `sync` (on which thread a call runs, and who waits for the disk), `dir` (whose files these
+//! are).
 
 mod admin;
 mod config;
@@ -34,6 +35,7 @@ mod handler;
 mod io;
 mod layout;
 mod lock;
+mod store;
 mod sync;
 mod wait;
 

@@ -16,8 +16,9 @@ use tokio::sync::{MutexGuard, oneshot};
 
 use crate::config::{FileConfig, Io};
 use crate::dir::{Dir, Plain, Stat, fault, stat};
-use crate::io::{Claim, SessionFile, Store, gone, mark_waiting, now, pooled, read_head, run, write_at};
+use crate::io::{Claim, SessionFile, gone, mark_waiting, read_head, write_at};
 use crate::layout::{HEADER, HOLDER_AT, Header};
+use crate::store::{Store, now, pooled, run};
 use crate::sync::SyncThreads;
 use crate::wait::{self, Attempt, deadline, in_line};
 

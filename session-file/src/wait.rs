@@ -28,7 +28,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout_at};
 
 use crate::config::Io;
-use crate::io::run;
+use crate::store::run;
 
 /// How often a waiter looks without having been woken.
 const TICK: Duration = Duration::from_millis(50);
