@@ -78,6 +78,7 @@ pub fn cases() -> &'static [Case] {
             crate::hostile::CASES,
             crate::admin::CASES,
             crate::sessions::CASES,
+            crate::trips::CASES,
             crate::processes::CASES,
         ];
         suites.concat()
@@ -85,7 +86,7 @@ pub fn cases() -> &'static [Case] {
 }
 
 /// Returns the suites that a handler can be held to which is known only at run time: all but those for a lock, an optimistic
-/// access, an administration or worker processes that it says it does not have. A test file claims by its macros instead.
+/// access, an administration, a server behind a proxy or worker processes that it says it does not have. A test file claims by its macros instead.
 ///
 /// # Errors
 /// Those of the harness, and of opening.
@@ -106,6 +107,7 @@ pub async fn claims(harness: &dyn DynHarness) -> Result<Vec<&'static str>> {
         "lock" => lock,
         "optimistic" => optimistic,
         "admin" => handler.admin().is_some(),
+        "trips" => harness.dyn_server().is_some(),
         "processes" => harness.dyn_worker().is_some(),
         _ => true,
     };

@@ -201,7 +201,17 @@ impl Hammer {
             waits.add(&seat.journal.waits()?);
         }
         for (at, id) in ids.iter().enumerate() {
-            let (counter, lists) = match final_books(sessions, id, self).await {
+            let patience = Patience::new();
+            let books = loop {
+                match final_books(sessions, id, self).await {
+                    Err(error) => match patience.after(error).await {
+                        Ok(()) => {}
+                        Err(error) => break Err(error),
+                    },
+                    books => break books,
+                }
+            };
+            let (counter, lists) = match books {
                 Ok(Some(books)) => books,
                 Ok(None) => {
                     report.faults.push("a session is gone at the end, although nobody destroyed it".into());
@@ -257,6 +267,33 @@ impl Hammer {
         let share = |of: Option<&u64>| (*of.unwrap_or(&0) as f64 / all * 10_000.0).round() / 10_000.0;
         (report.share_min, report.share_max) = (share(shares.iter().min()), share(shares.iter().max()));
         Ok(report)
+    }
+}
+
+/// Rides out a store that is away for a while: a server that is started anew, or replaced by another.
+struct Patience {
+    ends: Instant,
+}
+
+impl Patience {
+    /// How long a store may be away.
+    const LENGTH: Duration = Duration::from_secs(30);
+    /// How long to wait before it is asked again.
+    const PAUSE: Duration = Duration::from_millis(50);
+
+    fn new() -> Self {
+        Self { ends: Instant::now() + Self::LENGTH }
+    }
+
+    /// Waits for a moment if it makes sense to ask again after `error`, which otherwise comes back.
+    async fn after(&self, error: Error) -> Result<()> {
+        match error.kind() {
+            ErrorKind::Unavailable | ErrorKind::Unknown if Instant::now() < self.ends => {
+                tokio::time::sleep(Self::PAUSE).await;
+                Ok(())
+            }
+            _ => Err(error),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Nothing here knows what a case does with it.
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::process::Command;
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use session_core::{Error, ErrorKind, Result, SessionHandler, SessionLock, Sessio
 use tokio::task::JoinHandle;
 
 use crate::case;
+use crate::proxy::Proxy;
 
 /// A boxed future that may move between threads.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -34,6 +36,23 @@ pub trait Harness: Send + Sync + 'static {
     fn lock(&self, namespace: &str) -> impl Future<Output = Result<Arc<dyn SessionLock>>> + Send {
         let _ = namespace;
         async { Err(Error::new(ErrorKind::Unsupported, "harness", "this harness offers no lock of its own")) }
+    }
+
+    /// Returns the server that the handlers of this harness ask, as `host:port`, for `trips_suite!`.
+    ///
+    /// Without this method, or if they do not speak plain TCP with one server, no proxy can stand before it.
+    fn server(&self) -> Option<String> {
+        None
+    }
+
+    /// Returns a handler as [`handler`](Self::handler) does, with connections to `server` in place of [its own](Self::server).
+    fn handler_at(
+        &self,
+        namespace: &str,
+        server: SocketAddr,
+    ) -> impl Future<Output = Result<Arc<dyn SessionHandler>>> + Send {
+        let _ = (namespace, server);
+        async { Err(Error::new(ErrorKind::Unsupported, "harness", "the server of this harness cannot be elsewhere")) }
     }
 
     /// Returns how to start a process that calls [`processes::worker`](crate::processes::worker) with this harness, for cases
@@ -91,6 +110,14 @@ pub trait DynHarness: Send + Sync + 'static {
     fn dyn_handler<'a>(&'a self, namespace: &'a str) -> BoxFuture<'a, Result<Arc<dyn SessionHandler>>>;
     /// See [`Harness::lock`].
     fn dyn_lock<'a>(&'a self, namespace: &'a str) -> BoxFuture<'a, Result<Arc<dyn SessionLock>>>;
+    /// See [`Harness::server`].
+    fn dyn_server(&self) -> Option<String>;
+    /// See [`Harness::handler_at`].
+    fn dyn_handler_at<'a>(
+        &'a self,
+        namespace: &'a str,
+        server: SocketAddr,
+    ) -> BoxFuture<'a, Result<Arc<dyn SessionHandler>>>;
     /// See [`Harness::worker`].
     fn dyn_worker(&self) -> Option<Command>;
     /// See [`Harness::tick`].
@@ -116,6 +143,18 @@ impl<H: Harness> DynHarness for H {
 
     fn dyn_lock<'a>(&'a self, namespace: &'a str) -> BoxFuture<'a, Result<Arc<dyn SessionLock>>> {
         Box::pin(self.lock(namespace))
+    }
+
+    fn dyn_server(&self) -> Option<String> {
+        self.server()
+    }
+
+    fn dyn_handler_at<'a>(
+        &'a self,
+        namespace: &'a str,
+        server: SocketAddr,
+    ) -> BoxFuture<'a, Result<Arc<dyn SessionHandler>>> {
+        Box::pin(self.handler_at(namespace, server))
     }
 
     fn dyn_worker(&self) -> Option<Command> {
@@ -198,6 +237,21 @@ impl Env {
         match self.harness.dyn_lock(&self.namespace).await {
             Ok(lock) => lock,
             Err(error) => panic!("the harness gave no lock: {error:?}"),
+        }
+    }
+
+    /// Returns a handler of its own on the store of this case that asks its server through a proxy, and the proxy.
+    ///
+    /// # Panics
+    /// Fails the case if the harness names no server, or has no such handler to give.
+    pub async fn counted(&self) -> (Proxy, Arc<dyn SessionHandler>) {
+        let Some(server) = self.harness.dyn_server() else {
+            panic!("the harness names no server that a proxy could stand before")
+        };
+        let proxy = Proxy::start(server).await.unwrap_or_else(|error| panic!("the proxy cannot be started: {error}"));
+        match self.harness.dyn_handler_at(&self.namespace, proxy.address()).await {
+            Ok(handler) => (proxy, handler),
+            Err(error) => panic!("the harness gave no handler that goes through a proxy: {error:?}"),
         }
     }
 

@@ -2,15 +2,18 @@
 //!
 //! A case that no liar fails tests nothing; a liar that fails no case shows a gap. `tests/liars.rs` holds both to account.
 //! [`Flaw::None`] is the honest store, which has to pass everything. A flaw is named after what it does wrong, and takes
-//! effect at one place of `store.rs` and its modules.
+//! effect at one place of `store.rs` and its modules, or of `remote.rs` where it is about round trips.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use session_core::{Result, SessionHandler, SessionLock, SessionsBuilder};
+use session_core::{Error, ErrorKind, Result, SessionHandler, SessionLock, SessionsBuilder};
 
 use crate::harness::Harness;
+use crate::remote::{Echo, Remote};
 use crate::store::Store;
 
 macro_rules! flaws {
@@ -284,6 +287,16 @@ flaws! {
     NoAbsoluteEnd,
     /// Cannot have more than eight sessions open at the same time.
     EightOpeningsAtATime,
+    /// Takes the lock in one flight and reads in another.
+    OpenLocksThenReads,
+    /// Writes in one flight and gives the lock back in another.
+    SaveWritesThenUnlocks,
+    /// Asks twice to read without a lock.
+    ViewAsksTwice,
+    /// Asks whether a fresh id is free when it is opened.
+    FreshAsksAtOpen,
+    /// Looks before it destroys.
+    DestroyLooksFirst,
 }
 
 /// The harness of a liar, or, with [`Flaw::None`], of the honest store.
@@ -293,6 +306,8 @@ pub struct Liar {
     tick: Duration,
     strict: bool,
     stores: Mutex<HashMap<String, Arc<Store>>>,
+    /// Started for the cases that count round trips.
+    server: OnceLock<Echo>,
 }
 
 impl Liar {
@@ -300,7 +315,7 @@ impl Liar {
     #[must_use]
     pub fn new(flaw: Flaw) -> Self {
         let strict = flaw == Flaw::StrictIsIgnored;
-        Self { flaw, tick: Duration::from_millis(60), strict, stores: Mutex::default() }
+        Self { flaw, tick: Duration::from_millis(60), strict, stores: Mutex::default(), server: OnceLock::new() }
     }
 
     /// Refuses writes under a lease that has ended.
@@ -324,6 +339,23 @@ impl Harness for Liar {
 
     async fn lock(&self, namespace: &str) -> Result<Arc<dyn SessionLock>> {
         Ok(self.store(namespace).lock())
+    }
+
+    fn server(&self) -> Option<String> {
+        let server = match self.server.get() {
+            Some(server) => server,
+            None => {
+                let started = Echo::start().ok()?;
+                self.server.get_or_init(|| started)
+            }
+        };
+        Some(server.address().to_string())
+    }
+
+    async fn handler_at(&self, namespace: &str, server: SocketAddr) -> Result<Arc<dyn SessionHandler>> {
+        let gone = |error: io::Error| Error::new(ErrorKind::Unavailable, "connect", "the server is gone").with_source(error);
+        let remote = Remote::connect(self.store(namespace).handler(), server, self.flaw).await.map_err(gone)?;
+        Ok(Arc::new(remote))
     }
 
     fn tick(&self) -> Duration {

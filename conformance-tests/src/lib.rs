@@ -34,6 +34,7 @@
 //! | [`admin_suite!`] | the store can be listed, and a lock can be broken |
 //! | [`lock_suite!`] | the store's lock can be used alone; the harness has to give one |
 //! | [`sessions_suite!`] | what an application gets from the handler through [`Sessions`](session_core::Sessions) |
+//! | [`trips_suite!`] | how many round trips each use of a session costs; the harness has to name its server |
 //! | [`processes_suite!`] | all of it across processes, some of them killed or stopped |
 //!
 //! Each case is a `#[test]` of its own name, says which guarantee was broken and what was seen instead, and names no backend.
@@ -65,11 +66,13 @@ mod optimistic;
 pub mod processes;
 pub mod proxy;
 mod race;
+mod remote;
 #[cfg(feature = "servers")]
 pub mod servers;
 mod sessions;
 mod steps;
 mod store;
+mod trips;
 
 pub use case::{Case, Outcome, cases, claims, run_case, run_test};
 pub use harness::{BoxFuture, DynHarness, Env, Harness, Rng};

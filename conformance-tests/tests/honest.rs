@@ -12,6 +12,7 @@ conformance_tests::cancel_suite!(Liar::new(Flaw::None));
 conformance_tests::hostile_suite!(Liar::new(Flaw::None));
 conformance_tests::admin_suite!(Liar::new(Flaw::None));
 conformance_tests::sessions_suite!(Liar::new(Flaw::None));
+conformance_tests::trips_suite!(Liar::new(Flaw::None));
 
 mod strict {
     use super::{Flaw, Liar};
@@ -23,6 +24,7 @@ mod strict {
 async fn a_store_that_has_everything_is_held_to_everything_but_processes() {
     let claims = conformance_tests::claims(&Liar::new(Flaw::None)).await;
     let claims = claims.unwrap_or_else(|error| panic!("the honest store was refused: {error:?}"));
-    let all = ["handler", "lock", "fence", "expiry", "optimistic", "race", "cancel", "hostile", "admin", "sessions"];
+    let all =
+        ["handler", "lock", "fence", "expiry", "optimistic", "race", "cancel", "hostile", "admin", "sessions", "trips"];
     assert_eq!(claims, all);
 }

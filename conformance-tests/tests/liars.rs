@@ -247,6 +247,12 @@ caught_by! {
     sessions::a_lost_reply_before_another_write_is_unknown: RepeatIsAppliedAgain;
     sessions::a_lost_reply_before_a_logout_brings_nothing_back: NoFence;
     sessions::a_save_that_was_not_sent_may_be_repeated: SaveWritesOldBytes;
+
+    trips::open_is_one_flight: OpenLocksThenReads;
+    trips::save_and_close_is_one_flight: SaveWritesThenUnlocks;
+    trips::a_view_is_one_flight: ViewAsksTwice;
+    trips::a_fresh_id_is_one_flight: FreshAsksAtOpen;
+    trips::a_logout_is_one_flight: DestroyLooksFirst;
 }
 
 #[test]

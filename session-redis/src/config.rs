@@ -51,6 +51,18 @@ pub enum RedisServers {
     },
 }
 
+/// How a waiter learns that it is its turn.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RedisWake {
+    /// It has a place in a queue, and is told: first come, first served, and nothing is asked meanwhile.
+    #[default]
+    Push,
+    /// It asks again and again, after 1 ms at first and every 20 ms later, in no order. For servers behind something that does
+    /// not let subscriptions through.
+    Poll,
+}
+
 /// Where Redis is and how it is used. Every default is meant for production.
 ///
 /// `Debug` shows neither user nor password.
@@ -80,6 +92,8 @@ pub struct RedisConfig {
     /// How many replicas must have a change before it counts. Default 0: what the master acknowledged counts, and may be lost
     /// with it.
     pub wait_replicas: u32,
+    /// How waiters are woken. Default by a message.
+    pub wake: RedisWake,
     /// Payloads of more bytes are refused. Default 16 MiB.
     pub max_bytes: usize,
     /// Whether a lease that has ended no longer writes, even if nobody took over. Default no: such a write endangers nothing.
@@ -100,6 +114,7 @@ impl Default for RedisConfig {
             timeout: Duration::from_secs(2),
             connect_timeout: Duration::from_secs(1),
             wait_replicas: 0,
+            wake: RedisWake::Push,
             max_bytes: Self::DEFAULT_MAX_BYTES,
             strict_expiry: false,
         }
@@ -116,6 +131,7 @@ impl fmt::Debug for RedisConfig {
             .field("timeout", &self.timeout)
             .field("connect_timeout", &self.connect_timeout)
             .field("wait_replicas", &self.wait_replicas)
+            .field("wake", &self.wake)
             .field("max_bytes", &self.max_bytes)
             .field("strict_expiry", &self.strict_expiry)
             .finish_non_exhaustive()
@@ -130,7 +146,7 @@ impl RedisConfig {
     pub const SCHEMES: &[&str] = &["redis", "rediss", "redis+unix", "redis+sentinel", "redis+cluster"];
 
     /// The options of these DSNs beside the common ones.
-    pub const OPTIONS: &[&str] = &["db", "timeout", "connect_timeout", "wait_replicas", "tls", "ca"];
+    pub const OPTIONS: &[&str] = &["db", "timeout", "connect_timeout", "wait_replicas", "wake", "tls", "ca"];
 
     /// Takes the defaults for `servers`.
     #[must_use]
@@ -242,6 +258,9 @@ impl RedisConfig {
         if let Some(count) = dsn.number("wait_replicas", 0..=1000)? {
             this.wait_replicas = count as u32;
         }
+        if let Some(wake) = dsn.choice("wake", &[("push", RedisWake::Push), ("poll", RedisWake::Poll)])? {
+            this.wake = wake;
+        }
         if let Some(bytes) = dsn.number("max_bytes", 1..=512 << 20)? {
             this.max_bytes = bytes as usize;
         }
@@ -308,6 +327,13 @@ impl RedisConfig {
     #[must_use]
     pub fn with_wait_replicas(mut self, count: u32) -> Self {
         self.wait_replicas = count;
+        self
+    }
+
+    /// The same with another way to wake waiters.
+    #[must_use]
+    pub fn with_wake(mut self, wake: RedisWake) -> Self {
+        self.wake = wake;
         self
     }
 
@@ -572,6 +598,7 @@ mod tests {
         let cluster = parse("redis+cluster://h1,h2:7001?strict_expiry=on&ttl=20m").unwrap();
         assert_eq!(cluster.servers, RedisServers::Cluster { seeds: hosts(&[("h1", 6379), ("h2", 7001)]) });
         assert!(cluster.strict_expiry);
+        assert_eq!(parse("redis://h?wake=poll").unwrap().wake, RedisWake::Poll);
     }
 
     #[cfg(feature = "tls")]
@@ -597,6 +624,7 @@ mod tests {
             ("redis://h/1?db=2", "different databases"),
             ("redis://me@h", "without a password"),
             ("redis://h?wait_replicas=many", "wait_replicas"),
+            ("redis://h?wake=shake", "push, poll"),
             ("redis://h?prefix=a{b}", "braces"),
             ("redis://h?timeout=1ms", "10ms"),
             ("redis://h?ca=/x", "tls=on"),

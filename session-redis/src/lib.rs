@@ -54,7 +54,7 @@ mod scripts;
 mod store;
 mod waiters;
 
-pub use config::{RedisConfig, RedisServers};
+pub use config::{RedisConfig, RedisServers, RedisWake};
 pub use handler::RedisHandler;
 pub use lock::RedisLock;
 /// The client crate, for [`RedisHandler::from_client`].

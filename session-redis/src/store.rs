@@ -12,7 +12,7 @@ use session_core::{Error, ErrorKind, LeaseToken, Result, SessionId, WriteId};
 use tokio::runtime::Handle;
 
 use crate::cluster::{Cluster, Node};
-use crate::config::RedisConfig;
+use crate::config::{RedisConfig, RedisWake};
 use crate::layout::{Body, Keys, TokenText, channel, holder, is_lock, lock_value, token_text};
 use crate::link::{Failure, Link, error_kind};
 use crate::replicas::Replicas;
@@ -28,6 +28,9 @@ const PAUSES: [Duration; 3] = [Duration::from_millis(50), Duration::from_millis(
 /// How long a place in the queue is worth at most before the one who stands there looks again: the time that a dead waiter
 /// before him may keep the lock.
 const CLAIM: Duration = Duration::from_secs(1);
+
+/// The first and the longest pause of a waiter who asks again and again.
+const POLL: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(20));
 
 /// The servers.
 #[derive(Debug)]
@@ -358,7 +361,7 @@ impl Store {
         Ok((token, granted))
     }
 
-    /// Takes a place in the queue and waits there.
+    /// Takes a place in the queue and waits there; with [`RedisWake::Poll`] it takes none, and looks again and again.
     #[allow(clippy::too_many_arguments, reason = "the second half of one function")]
     async fn queue_up(
         self: &Arc<Self>,
@@ -374,7 +377,9 @@ impl Store {
         let lease_ms = millis(lease).to_string();
         // Before the server is told: the grant may come before its answer.
         let waiter: Waiter = self.waiters.register(attempt.token);
-        if !wait.is_zero() {
+        let polls = self.config.wake == RedisWake::Poll;
+        let mut tries = 0;
+        if !wait.is_zero() && !polls {
             self.waiters.listen(wait.min(CLAIM)).await;
         }
         let heir = self.places.lock().unwrap_or_else(PoisonError::into_inner).remove(&keys.record);
@@ -382,7 +387,7 @@ impl Store {
         let mut queued: &[u8] = b"0";
         loop {
             let rest = wait.saturating_sub(began.elapsed());
-            let rest_ms = rest.as_millis().to_string();
+            let rest_ms = if polls { 0 } else { rest.as_millis() }.to_string();
             let args: [&[u8]; 7] =
                 [&attempt.token, value, lease_ms.as_bytes(), rest_ms.as_bytes(), want.word(), queued, &heir];
             let answer = match self.run(keys, &self.scripts.enter, &args).await {
@@ -417,13 +422,20 @@ impl Store {
                     return Err(foreign_lock().into_error(operation));
                 }
                 Entered::Busy { owner, .. } if rest < Duration::from_millis(1) => {
-                    if wait.is_zero() {
+                    if wait.is_zero() || polls {
                         // It never had a place.
                         attempt.armed = false;
                     } else {
                         self.leave_place(attempt, waiter);
                     }
                     return Err(lock_timeout(operation, wait, owner.as_deref()));
+                }
+                Entered::Busy { .. } if polls => {
+                    let pause = (POLL.0 * (1 << tries.min(5))).min(POLL.1);
+                    // Between half and one and a half of it, so that two who met once do not meet again.
+                    let share = f64::from(attempt.token[tries % 32] % 16) / 16.0;
+                    tokio::time::sleep(rest.min(pause.mul_f64(0.5 + share))).await;
+                    tries += 1;
                 }
                 Entered::Busy { lease_left, place, .. } => {
                     // A little later than the lease ends, and not all at the same moment.

@@ -1,5 +1,6 @@
 //! Runs the conformance suite over a real Redis server, which each test process starts for itself.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -49,6 +50,16 @@ impl Harness for Standalone {
         Ok(Arc::new(RedisLock::connect(self.config(namespace)?).await?))
     }
 
+    fn server(&self) -> Option<String> {
+        SERVER.get_or_init(|| Redis::start(&[]).expect("redis-server can be started")).address().to_string().into()
+    }
+
+    async fn handler_at(&self, namespace: &str, server: SocketAddr) -> Result<Arc<dyn SessionHandler>> {
+        let mut config = self.config(namespace)?;
+        config.servers = RedisServers::Tcp { host: server.ip().to_string(), port: server.port() };
+        Ok(Arc::new(RedisHandler::connect(config).await?))
+    }
+
     fn tick(&self) -> Duration {
         Duration::from_millis(100)
     }
@@ -68,4 +79,5 @@ conformance_tests::cancel_suite!(standalone());
 conformance_tests::hostile_suite!(standalone());
 conformance_tests::admin_suite!(standalone());
 conformance_tests::sessions_suite!(standalone());
+conformance_tests::trips_suite!(standalone());
 conformance_tests::processes_suite!(standalone());

@@ -15,9 +15,7 @@ use sha2::{Digest, Sha256};
 use crate::args::{GcArgs, LocksArgs, LsArgs, UnlockArgs};
 use crate::failure::Failure;
 use crate::output::{Align, Cell, Output, Style, Table, bytes, span, thousands};
-use crate::store::{admin, session_id};
-
-const PAGE: NonZeroU32 = NonZeroU32::new(1000).unwrap();
+use crate::store::{PAGE, admin, session_id};
 
 /// How this store's ids may be shown.
 #[derive(Clone, Copy, Debug)]

@@ -13,6 +13,9 @@ use session_core::parse_duration;
 const AFTER_HELP: &str = "\
 Stores:
   file:///srv/sessions?depth=2&durability=none|data|full
+  redis://[user:password@]host:6379/0   rediss://…   redis+unix:///run/redis.sock?db=0
+  redis+sentinel://h1,h2,h3/mymaster   redis+cluster://h1,h2,h3
+    each with ?timeout= connect_timeout= wait_replicas= wake=push|poll
   memory://
   with any of ttl= absolute_ttl= wait= lease= max_hold= locking=on|off queue= strict_expiry=
   hash_ids= codec= max_bytes= prefix=; lengths of time are 500ms, 30s, 20m, 2h
@@ -42,16 +45,21 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Holds a store to the contract: the conformance suite, case by case
     ///
-    /// Each case runs in a namespace of its own, which is removed at the end: for file:// a fresh directory inside the given one,
-    /// for memory:// a new store. The cases with several processes run for stores that processes can share.
-    #[command(after_help = "Examples:\n  sessionctl check file:///srv/sessions\n  sessionctl check memory:// --only fenced")]
+    /// Each case runs in a namespace of its own: for file:// a fresh directory inside the given one, removed at the end; for a
+    /// server a prefix of its own, whose sessions are destroyed after each case; for memory:// a new store. The cases with several
+    /// processes run for stores that processes can share, and those that count round trips for one server in plain TCP. What a
+    /// store cannot be held to is left out, and said at the end.
+    #[command(
+        after_help = "Examples:\n  sessionctl check file:///srv/sessions\n  sessionctl check redis://127.0.0.1/0\n  sessionctl check memory:// --only fenced"
+    )]
     Check(CheckArgs),
     /// Proves that nothing is lost: processes that append, stall and die over shared sessions
     ///
     /// Worker processes append to and count up in shared sessions, each under the access you name, while some are stalled past their
-    /// lease and some are killed. In the end every acknowledged change must be there.
+    /// lease and some are killed. In the end every acknowledged change must be there. A store that is away for up to half a minute
+    /// is waited for; changes that it does not answer count as unknown.
     #[command(
-        after_help = "Examples:\n  sessionctl hammer file:///srv/sessions --processes 8 --kill 5\n  sessionctl hammer file:///srv/sessions --access none    # the control group: this loses updates"
+        after_help = "Examples:\n  sessionctl hammer file:///srv/sessions --processes 8 --kill 5\n  sessionctl hammer 'redis://127.0.0.1/0?wake=poll'    # beside the same with wake=push\n  sessionctl hammer file:///srv/sessions --access none    # the control group: this loses updates"
     )]
     Hammer(HammerArgs),
     /// Prints a value, or all values, of a session as JSON; takes no lock

@@ -2,24 +2,23 @@
 //!
 //! Nothing here knows what a case does. What is here: a namespace for each, a bound on how many run at once, and the report.
 
-use std::collections::HashMap;
-use std::path::PathBuf;
+use std::collections::{BTreeSet, HashMap};
+use std::net::SocketAddr;
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use conformance_tests::{Case, DynHarness, Harness, Outcome, cases, run_case};
+use conformance_tests::{Case, Harness, Outcome, cases, claims, run_case};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use session_core::{Dsn, MemoryHandler, SessionHandler, SessionLock};
-use sessionkit::file;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::args::{CheckArgs, Part};
 use crate::failure::Failure;
 use crate::output::{Align, Cell, Output, Style, Table, escape, micros};
-use crate::store::{FileDsn, Place, redact};
+use crate::store::{Place, Stores, lock, redact};
 use crate::worker;
 
 /// How many cases run at the same time: most of them wait for time to pass.
@@ -28,8 +27,8 @@ const AT_ONCE: usize = 4;
 /// Stores without a network between can keep leases this short.
 const TICK: Duration = Duration::from_millis(50);
 
-/// The suite whose cases start processes.
-const PROCESSES: &str = "processes";
+/// The same with a network between.
+const SERVER_TICK: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Serialize)]
 struct Line<'a> {
@@ -41,39 +40,79 @@ struct Line<'a> {
 }
 
 pub(crate) async fn check(args: CheckArgs, out: &Output) -> Result<(), Failure> {
-    let mut chosen = choose(args.only.as_deref())?;
+    let chosen = choose(args.only.as_deref())?;
     let place = Place::new(&args.dsn, "check").await?;
-    let all = chosen.len();
-    if matches!(place, Place::Memory) {
-        chosen.retain(|case| case.suite() != PROCESSES);
-        if chosen.is_empty() {
-            return Err(Failure::usage(
-                "the cases with several processes need a store that processes can share, not memory://",
-            ));
-        }
-    }
-    let left_out = all - chosen.len();
-    let harness: Arc<dyn DynHarness> = match &place {
-        Place::Memory => Arc::new(MemoryHarness::new(&args.dsn)?),
-        Place::Directory(directory, options) => {
-            Arc::new(FileHarness { root: directory.path().to_owned(), options: options.clone() })
-        }
+    let store = match place.stores() {
+        None => Store::Memory(Arc::new(MemoryHarness::new(&args.dsn)?)),
+        Some(stores) => Store::Shared(SharedHarness::new(stores, &args.dsn)?),
     };
+    let claims = store.claims().await?;
+    let (chosen, left_out): (Vec<&'static Case>, Vec<_>) =
+        chosen.into_iter().partition(|case| claims.contains(&case.suite()));
+    if let ([], [first, ..]) = (&chosen[..], &left_out[..]) {
+        return Err(Failure::usage(format!("{} needs {}", first.name(), needs(first.suite()))));
+    }
     let mut report = Report::new(out, &args.dsn, &chosen)?;
     let permits = Arc::new(Semaphore::new(AT_ONCE));
     let mut running = JoinSet::new();
     for case in chosen {
-        let (harness, permits) = (harness.clone(), permits.clone());
+        let (store, permits) = (store.for_one_case(), permits.clone());
         running.spawn(async move {
             let _permit = permits.acquire().await.expect("nobody closes it");
-            (case, run_case(case, harness).await)
+            (case, store.run(case).await)
         });
     }
     while let Some(ended) = running.join_next().await {
         let (case, outcome) = ended.expect("a case's panics are caught");
         report.case(case, &outcome)?;
     }
-    report.end(left_out)
+    report.end(&left_out)
+}
+
+/// What a store must have for a suite that not every store can be held to.
+fn needs(suite: &str) -> &'static str {
+    match suite {
+        "processes" => "a store that processes can share",
+        "trips" => "one server in plain TCP, so that a proxy can stand before it",
+        "lock" => "a lock that can be used alone",
+        "optimistic" => "optimistic writes",
+        "admin" => "a store that can be listed",
+        _ => "what this store has not",
+    }
+}
+
+/// The store that is checked.
+enum Store {
+    Memory(Arc<MemoryHarness>),
+    Shared(SharedHarness),
+}
+
+impl Store {
+    async fn claims(&self) -> Result<Vec<&'static str>, Failure> {
+        Ok(match self {
+            Self::Memory(harness) => claims(&**harness).await?,
+            Self::Shared(harness) => claims(harness).await?,
+        })
+    }
+
+    fn for_one_case(&self) -> Self {
+        match self {
+            Self::Memory(harness) => Self::Memory(harness.clone()),
+            Self::Shared(harness) => Self::Shared(harness.for_one_case()),
+        }
+    }
+
+    async fn run(self, case: &'static Case) -> Outcome {
+        match self {
+            Self::Memory(harness) => run_case(case, harness).await,
+            Self::Shared(harness) => {
+                let harness = Arc::new(harness);
+                let outcome = run_case(case, harness.clone()).await;
+                harness.sweep().await;
+                outcome
+            }
+        }
+    }
 }
 
 /// The case of this very name; if there is none, those whose names contain the text; without a text, all.
@@ -138,7 +177,7 @@ impl<'a> Report<'a> {
         Ok(())
     }
 
-    fn end(self, left_out: usize) -> Result<(), Failure> {
+    fn end(self, left_out: &[&Case]) -> Result<(), Failure> {
         self.bar.finish_and_clear();
         let (passed, failed) = (self.passed, self.failed);
         if self.out.is_json() {
@@ -148,8 +187,10 @@ impl<'a> Report<'a> {
             let style = if failed == 0 { Style::Good } else { Style::Bad };
             let took = format!("in {}", crate::output::span(self.started.elapsed()));
             self.out.raw(&format!("\n  {}  {}", self.out.paint(style, verdict), self.out.paint(Style::Dim, took)))?;
-            if left_out > 0 {
-                let why = format!("{left_out} cases with several processes left out: processes cannot share this store");
+            for of_suite in left_out.chunk_by(|one, next| one.suite() == next.suite()) {
+                let (count, suite) = (of_suite.len(), of_suite[0].suite());
+                let cases = if count == 1 { "case" } else { "cases" };
+                let why = format!("{count} {cases} of {suite} left out: {} needed", needs(suite));
                 self.out.raw(&format!("  {}", self.out.paint(Style::Dim, why)))?;
             }
         }
@@ -194,36 +235,71 @@ impl Harness for MemoryHarness {
     }
 }
 
-/// `file://`: a directory for each namespace, inside one that is removed in the end.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-pub(crate) struct FileHarness {
-    root: PathBuf,
-    options: FileDsn,
+/// A store for each namespace, which processes can share: a directory, or a prefix on a server.
+#[derive(Debug, Deserialize, Serialize)]
+pub(crate) struct SharedHarness {
+    stores: Stores,
+    strict_expiry: bool,
+    /// The namespaces that were asked for in this process.
+    #[serde(skip)]
+    used: Mutex<BTreeSet<String>>,
 }
 
-/// Where a worker finds its [`FileHarness`].
+/// Where a worker finds its [`SharedHarness`]: not on its command line, since it may hold a password.
 const STORE: &str = "SESSIONCTL_STORE";
 
-impl FileHarness {
+impl SharedHarness {
+    fn new(stores: Stores, dsn: &str) -> Result<Self, Failure> {
+        let strict_expiry = Dsn::parse(dsn)?.flag("strict_expiry")?.unwrap_or(false);
+        Ok(Self { stores, strict_expiry, used: Mutex::default() })
+    }
+
     /// Reads what [`Harness::worker`] left.
     pub(crate) fn from_environment() -> Result<Self, Failure> {
         let store = std::env::var(STORE).unwrap_or_default();
         serde_json::from_str(&store).map_err(|_| Failure::usage("__worker is for sessionctl itself"))
     }
 
+    fn for_one_case(&self) -> Self {
+        Self { stores: self.stores.clone(), strict_expiry: self.strict_expiry, used: Mutex::default() }
+    }
+
+    fn is_file(&self) -> bool {
+        matches!(self.stores, Stores::Directories { .. })
+    }
+
     fn dsn(&self, namespace: &str) -> session_core::Result<String> {
-        self.options.at(&self.root.join(namespace))
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(namespace.to_owned());
+        self.stores.dsn(namespace)
+    }
+
+    /// Removes the sessions that were stored.
+    async fn sweep(&self) {
+        let used = std::mem::take(&mut *self.used.lock().unwrap_or_else(PoisonError::into_inner));
+        for namespace in used {
+            // A store that fails here has failed the case, too; what it keeps expires.
+            let _ = self.stores.sweep(&namespace).await;
+        }
     }
 }
 
-impl Harness for FileHarness {
+impl Harness for SharedHarness {
     async fn handler(&self, namespace: &str) -> session_core::Result<Arc<dyn SessionHandler>> {
         sessionkit::handler(&self.dsn(namespace)?).await
     }
 
     async fn lock(&self, namespace: &str) -> session_core::Result<Arc<dyn SessionLock>> {
-        let config = file::FileConfig::from_dsn(&Dsn::parse(&self.dsn(namespace)?)?)?;
-        Ok(Arc::new(file::FileLock::open_dir(config)?))
+        lock(&self.dsn(namespace)?).await
+    }
+
+    fn server(&self) -> Option<String> {
+        self.stores.server()
+    }
+
+    async fn handler_at(&self, namespace: &str, server: SocketAddr) -> session_core::Result<Arc<dyn SessionHandler>> {
+        // The sweep goes the direct way.
+        self.dsn(namespace)?;
+        sessionkit::handler(&self.stores.through(server).dsn(namespace)?).await
     }
 
     fn worker(&self) -> Option<Command> {
@@ -233,16 +309,20 @@ impl Harness for FileHarness {
     }
 
     fn tick(&self) -> Duration {
-        TICK
+        if self.is_file() { TICK } else { SERVER_TICK }
+    }
+
+    fn strict_expiry(&self) -> bool {
+        self.strict_expiry
     }
 
     /// No copy of a call can arrive late from the kernel of the same machine.
     fn remembers_destroyed(&self) -> bool {
-        false
+        !self.is_file()
     }
 
     /// A kernel lock ends with its holder, and never before.
     fn leases_end(&self) -> bool {
-        false
+        !self.is_file()
     }
 }

@@ -1,14 +1,20 @@
 //! From words on the command line to a store, and to a place of its own inside one.
 
-use std::path::Path;
+use std::fmt;
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use session_core::{Dsn, Error, ErrorKind, SessionAdmin, SessionHandler, SessionId};
-use sessionkit::Sessions;
+use session_core::{Dsn, Error, ErrorKind, OpenRequest, SessionAdmin, SessionHandler, SessionId, SessionLock, WriteId};
+use sessionkit::{Sessions, file, redis};
 use tempfile::TempDir;
 
 use crate::failure::Failure;
+
+/// How many sessions are listed at a time.
+pub(crate) const PAGE: NonZeroU32 = NonZeroU32::new(1000).unwrap();
 
 /// Reads an id, without repeating a wrong one: it may be a right one with a letter missing.
 pub(crate) fn session_id(text: &str) -> Result<SessionId, Failure> {
@@ -31,13 +37,30 @@ pub(crate) fn admin(handler: &Arc<dyn SessionHandler>) -> Result<&dyn SessionAdm
     handler.admin().ok_or_else(|| Failure::usage("this store cannot be listed"))
 }
 
-/// What kind of store a DSN names, where a measurement or a case needs a place of its own in it.
+/// Opens the lock of the store of `dsn`, to be used alone.
+///
+/// # Errors
+/// [`Unsupported`](ErrorKind::Unsupported) if it has none; otherwise as [`sessionkit::handler`].
+pub(crate) async fn lock(dsn: &str) -> session_core::Result<Arc<dyn SessionLock>> {
+    let parsed = Dsn::parse(dsn)?;
+    match parsed.scheme() {
+        "file" => Ok(Arc::new(file::FileLock::open_dir(file::FileConfig::from_dsn(&parsed)?)?)),
+        scheme if redis::RedisConfig::SCHEMES.contains(&scheme) => {
+            Ok(Arc::new(redis::RedisLock::connect(redis::RedisConfig::from_dsn(&parsed)?).await?))
+        }
+        _ => Err(Error::new(ErrorKind::Unsupported, "lock", "this store has no lock that could be used alone")),
+    }
+}
+
+/// A place of its own in the store that a DSN names, for measurements and cases.
 #[derive(Debug)]
 pub(crate) enum Place {
     /// Every connection is a store of its own already.
     Memory,
     /// A fresh directory inside the given one, removed when this is dropped.
     Directory(TempDir, FileDsn),
+    /// A prefix of its own on a server; what is stored under it is removed with [`sweep`].
+    Prefix(ServerDsn),
 }
 
 impl Place {
@@ -46,15 +69,174 @@ impl Place {
         // Opened once as it stands, so that a mistake in it is reported as what it is.
         sessionkit::handler(dsn).await?;
         let parsed = Dsn::parse(dsn)?;
-        if parsed.scheme() == "memory" {
-            return Ok(Self::Memory);
+        match parsed.scheme() {
+            "memory" => Ok(Self::Memory),
+            "file" => {
+                let directory = tempfile::Builder::new()
+                    .prefix(&format!(".sessionctl-{purpose}-"))
+                    .tempdir_in(parsed.path())
+                    .map_err(Failure::local("make a directory of our own in the store"))?;
+                let query = dsn.split_once('?').map(|(_, query)| query.to_owned());
+                Ok(Self::Directory(directory, FileDsn { query }))
+            }
+            _ => {
+                let random = WriteId::random()?.to_bytes();
+                let random: String = random[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+                Ok(Self::Prefix(ServerDsn::new(dsn)?.within(&format!("sessionctl-{purpose}-{random}:"))))
+            }
         }
-        let directory = tempfile::Builder::new()
-            .prefix(&format!(".sessionctl-{purpose}-"))
-            .tempdir_in(parsed.path())
-            .map_err(Failure::local("make a directory of our own in the store"))?;
-        let query = dsn.split_once('?').map(|(_, query)| query.to_owned());
-        Ok(Self::Directory(directory, FileDsn { query }))
+    }
+
+    /// Returns how to name stores in this place, if other processes can reach them.
+    pub(crate) fn stores(&self) -> Option<Stores> {
+        match self {
+            Self::Memory => None,
+            Self::Directory(directory, options) => {
+                Some(Stores::Directories { root: directory.path().to_owned(), options: options.clone() })
+            }
+            Self::Prefix(server) => Some(Stores::Prefixes(server.clone())),
+        }
+    }
+}
+
+/// Names stores in a place, in whatever process.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) enum Stores {
+    Directories { root: PathBuf, options: FileDsn },
+    Prefixes(ServerDsn),
+}
+
+impl Stores {
+    /// Returns the DSN of the store `name`, which may hold a password.
+    ///
+    /// # Errors
+    /// [`Config`](ErrorKind::Config) if a directory's name is not UTF-8.
+    pub(crate) fn dsn(&self, name: &str) -> session_core::Result<String> {
+        match self {
+            Self::Directories { root, options } => options.at(&root.join(name)),
+            Self::Prefixes(server) => Ok(server.within(&format!("{name}:")).text()),
+        }
+    }
+
+    /// Returns the server of these stores, if it is one that speaks plain TCP, so that a proxy can stand before it.
+    pub(crate) fn server(&self) -> Option<String> {
+        match self {
+            Self::Directories { .. } => None,
+            Self::Prefixes(server) => server.plain_tcp(),
+        }
+    }
+
+    /// Returns the same stores, reached through a proxy at `address`.
+    pub(crate) fn through(&self, address: SocketAddr) -> Self {
+        match self {
+            Self::Directories { .. } => self.clone(),
+            Self::Prefixes(server) => Self::Prefixes(server.through(address)),
+        }
+    }
+
+    /// Removes the sessions of the store `name`, as far as a contract allows that knows no store to remove as a whole: what is
+    /// listed is destroyed. Traces, and locks of the dead, expire. A directory goes with its place.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub(crate) async fn sweep(&self, name: &str) -> session_core::Result<()> {
+        if matches!(self, Self::Directories { .. }) {
+            return Ok(());
+        }
+        let handler = sessionkit::handler(&self.dsn(name)?).await?;
+        let Some(admin) = handler.admin() else { return Ok(()) };
+        let mut after = None;
+        loop {
+            let page = admin.list(after.as_ref(), PAGE).await?;
+            for session in &page.sessions {
+                let mut opened = handler.open(&session.id, &OpenRequest::destroy()).await?;
+                opened.destroy().await?;
+                opened.close().await?;
+            }
+            after = Some(match page.next {
+                Some(next) => next,
+                None => return Ok(()),
+            });
+        }
+    }
+}
+
+/// A DSN of a server, to be used with other prefixes and other addresses.
+#[derive(Clone, Deserialize, Serialize)]
+pub(crate) struct ServerDsn {
+    scheme: String,
+    /// With its colon and its `@`, or empty.
+    login: String,
+    hosts: String,
+    path: String,
+    /// Without the prefix.
+    options: Vec<String>,
+    prefix: String,
+}
+
+/// What the backends put before every key unless they are told otherwise. A user of the server may be allowed no other keys.
+const PREFIX: &str = "session:";
+
+/// The schemes of one server in plain TCP, and their ports.
+const PLAIN_TCP: &[(&str, u16)] = &[("redis", 6379)];
+
+impl ServerDsn {
+    fn new(dsn: &str) -> session_core::Result<Self> {
+        let parsed = Dsn::parse(dsn)?;
+        let (scheme, rest) = dsn.split_once("://").unwrap_or_default();
+        let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let (authority, path) = place.find('/').map_or((place, ""), |slash| place.split_at(slash));
+        let (login, hosts) = authority.split_at(authority.rfind('@').map_or(0, |at| at + 1));
+        // Names may be written in more than one way, which the parser knows.
+        let is_prefix = |option: &str| {
+            Dsn::parse(&format!("{scheme}://?{option}")).is_ok_and(|parsed| parsed.option("prefix").is_some())
+        };
+        let options = query.split('&').filter(|option| !option.is_empty() && !is_prefix(option));
+        Ok(Self {
+            scheme: scheme.to_owned(),
+            login: login.to_owned(),
+            hosts: hosts.to_owned(),
+            path: path.to_owned(),
+            options: options.map(Into::into).collect(),
+            prefix: parsed.option("prefix").unwrap_or(PREFIX).to_owned(),
+        })
+    }
+
+    /// Returns the DSN of what stands under `name` within this prefix.
+    fn within(&self, name: &str) -> Self {
+        Self { prefix: format!("{}{name}", self.prefix), ..self.clone() }
+    }
+
+    fn through(&self, address: SocketAddr) -> Self {
+        Self { hosts: address.to_string(), ..self.clone() }
+    }
+
+    /// Returns `host:port`, unless there are several, or they do not speak plain TCP.
+    fn plain_tcp(&self) -> Option<String> {
+        let (_, port) = PLAIN_TCP.iter().find(|(scheme, _)| *scheme == self.scheme)?;
+        let parsed = Dsn::parse(&self.text()).ok()?;
+        match parsed.hosts() {
+            _ if parsed.flag("tls").ok()? == Some(true) => None,
+            [host] if host.rfind(':') > host.rfind(']') => Some(host.clone()),
+            [host] => Some(format!("{host}:{port}")),
+            _ => None,
+        }
+    }
+
+    fn text(&self) -> String {
+        let mut text = format!("{}://{}{}{}?prefix=", self.scheme, self.login, self.hosts, self.path);
+        percent(&mut text, &self.prefix);
+        for option in &self.options {
+            text.push('&');
+            text.push_str(option);
+        }
+        text
+    }
+}
+
+impl fmt::Debug for ServerDsn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&redact(&self.text()))
     }
 }
 
@@ -73,17 +255,22 @@ impl FileDsn {
         let not_text = || Error::new(ErrorKind::Config, "dsn", "the name of the directory is not UTF-8");
         let path = directory.to_str().ok_or_else(not_text)?;
         let mut dsn = String::from("file://");
-        for byte in path.bytes() {
-            match byte {
-                b'/' | b'-' | b'_' | b'.' | b'~' | b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' => dsn.push(byte.into()),
-                _ => dsn.push_str(&format!("%{byte:02X}")),
-            }
-        }
+        percent(&mut dsn, path);
         if let Some(query) = &self.query {
             dsn.push('?');
             dsn.push_str(query);
         }
         Ok(dsn)
+    }
+}
+
+/// Appends `text` to a DSN, with what could have a meaning there escaped.
+fn percent(dsn: &mut String, text: &str) {
+    for byte in text.bytes() {
+        match byte {
+            b'/' | b'-' | b'_' | b'.' | b'~' | b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' => dsn.push(byte.into()),
+            _ => dsn.push_str(&format!("%{byte:02X}")),
+        }
     }
 }
 
@@ -109,6 +296,26 @@ mod tests {
             (parsed.path(), parsed.option("depth"), parsed.option("prefix")),
             ("/tmp/a b?é#%", Some("2"), Some("a&"))
         );
+    }
+
+    #[test]
+    fn another_prefix_and_another_address_keep_the_rest() {
+        let text = "redis://me:p%40ss@[::1]/3?ttl=20m&%70refix=app%3A&lease=1s";
+        let server = ServerDsn::new(text).unwrap().within("check-1:").within("c2:");
+        let parsed = Dsn::parse(&server.text()).unwrap();
+        assert_eq!((parsed.user(), parsed.password(), parsed.path()), (Some("me"), Some("p@ss"), "/3"));
+        assert_eq!((parsed.hosts(), parsed.option("ttl")), (&["[::1]".to_owned()][..], Some("20m")));
+        assert_eq!(parsed.option("prefix"), Some("app:check-1:c2:"));
+        assert_eq!(server.plain_tcp().as_deref(), Some("[::1]:6379"));
+        let through = server.through(([127, 0, 0, 1], 99).into());
+        assert_eq!(through.plain_tcp().as_deref(), Some("127.0.0.1:99"));
+        assert_eq!(Dsn::parse(&through.text()).unwrap().password(), Some("p@ss"));
+        assert!(!format!("{server:?}").contains("p%40ss") && !format!("{server:?}").contains("me:"));
+        assert_eq!(ServerDsn::new("redis://h").unwrap().within("x:").prefix, "session:x:");
+        assert_eq!(ServerDsn::new("redis://h?prefix=").unwrap().within("x:").prefix, "x:");
+        for other in ["redis+cluster://h1,h2", "redis://h?tls=on", "redis+unix:///run/redis.sock", "rediss://h"] {
+            assert_eq!(ServerDsn::new(other).unwrap().plain_tcp(), None, "{other}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 
 use crate::args::Part;
 use crate::bench::wait_for_handovers;
-use crate::check::FileHarness;
+use crate::check::SharedHarness;
 use crate::failure::Failure;
 use crate::hammer::take_part;
 
@@ -23,7 +23,7 @@ pub(crate) fn command(part: Part) -> Result<Command, Failure> {
 
 pub(crate) async fn worker(part: Part) -> Result<(), Failure> {
     match part {
-        Part::Case => processes::worker(&FileHarness::from_environment()?).await,
+        Part::Case => processes::worker(&SharedHarness::from_environment()?).await,
         Part::Handover => wait_for_handovers(BufReader::new(tokio::io::stdin()).lines()).await?,
         Part::Hammer => take_part().await?,
     }

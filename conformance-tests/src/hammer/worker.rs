@@ -15,11 +15,12 @@ use tokio::task::JoinSet;
 
 use super::journal::{Cell, Journal, Stats, Waits};
 use super::ledger::{COUNTER, PAD, Runs, writer_key};
-use super::{Assignment, DONE, FAILED, GO, Hammer, HammerAccess, HammerLength, READY};
+use super::{Assignment, DONE, FAILED, GO, Hammer, HammerAccess, HammerLength, Patience, READY};
 use crate::children::{parent_lines, tell_parent};
 use crate::harness::Rng;
 
-/// Is a worker process, for a parent that has called [`Hammer::run`]: `open` makes the handler of a DSN.
+/// Is a worker process, for a parent that has called [`Hammer::run`]: `open` makes the handler of a DSN, and is asked again for
+/// half a minute while the store is away.
 ///
 /// It returns when the run is over, and the process should then end. If the parent dies, the process exits by itself. Nothing
 /// else may be printed on the standard output by lines that begin like a worker's.
@@ -30,15 +31,24 @@ use crate::harness::Rng;
 ///
 /// # Panics
 /// If it is not called from within a tokio runtime with I/O and time.
-pub async fn worker(open: impl AsyncFnOnce(&str) -> Result<Arc<dyn SessionHandler>>) -> Result<()> {
+pub async fn worker(open: impl AsyncFn(&str) -> Result<Arc<dyn SessionHandler>>) -> Result<()> {
     let mut parent = parent_lines();
     let assignment = parent.recv().await.and_then(|line| serde_json::from_str::<Assignment>(&line).ok());
     let Some(assignment) = assignment else {
         return Err(Error::new(ErrorKind::Unexpected, "hammer", "a worker is started by the hammer, not by hand"));
     };
     let outcome = async {
-        let bench = Arc::new(Bench::new(&assignment, open(&assignment.dsn).await?)?);
-        bench.find_the_sessions().await?;
+        let patience = Patience::new();
+        let handler = loop {
+            match open(&assignment.dsn).await {
+                Err(error) => patience.after(error).await?,
+                Ok(handler) => break handler,
+            }
+        };
+        let bench = Arc::new(Bench::new(&assignment, handler)?);
+        while let Err(error) = bench.find_the_sessions().await {
+            patience.after(error).await?;
+        }
         tell_parent(READY);
         if parent.recv().await.as_deref() != Some(GO) {
             return Ok(());

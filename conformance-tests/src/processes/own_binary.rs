@@ -1,5 +1,6 @@
 //! The test executable as its own worker: how it is started again, and what it does then.
 
+use std::net::SocketAddr;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,6 +40,14 @@ impl<H: Harness> Harness for InTestBinary<H> {
 
     async fn lock(&self, namespace: &str) -> Result<Arc<dyn SessionLock>> {
         self.harness.lock(namespace).await
+    }
+
+    fn server(&self) -> Option<String> {
+        self.harness.server()
+    }
+
+    async fn handler_at(&self, namespace: &str, server: SocketAddr) -> Result<Arc<dyn SessionHandler>> {
+        self.harness.handler_at(namespace, server).await
     }
 
     fn worker(&self) -> Option<Command> {

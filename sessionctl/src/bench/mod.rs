@@ -110,7 +110,7 @@ impl<'a> Arena<'a> {
     async fn new(dsn: &str, args: &'a BenchArgs) -> Result<Self, Failure> {
         let name = redact(dsn);
         Ok(match Place::new(dsn, "bench").await? {
-            Place::Memory => Self { args, name, dsn: dsn.to_owned(), files: None },
+            Place::Memory | Place::Prefix(_) => Self { args, name, dsn: dsn.to_owned(), files: None },
             Place::Directory(directory, options) => {
                 let sync = match Dsn::parse(dsn)?.option("durability") {
                     Some("none") => Sync::None,

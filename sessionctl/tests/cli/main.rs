@@ -7,6 +7,7 @@ mod bench;
 mod check;
 mod crash;
 mod hammer;
+mod redis;
 mod session;
 mod usage;
 
@@ -46,13 +47,18 @@ impl Store {
 
     fn hold_with(&self, options: &str, id: &str, rest: &[&str]) -> Holder {
         let dsn = self.dsn(options);
-        let mut child = sessionctl(&[&["hold", dsn.as_str(), id], rest].concat()).stdout(Stdio::piped()).spawn().unwrap();
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        stdout.read_line(&mut line).unwrap();
-        assert_eq!(line, "held\n");
-        Holder { child, stdout }
+        start_hold(&[&[dsn.as_str(), id], rest].concat())
     }
+}
+
+/// Starts a `hold` and returns once it has the lock.
+fn start_hold(rest: &[&str]) -> Holder {
+    let mut child = sessionctl(&[&["hold"], rest].concat()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    stdout.read_line(&mut line).unwrap();
+    assert_eq!(line, "held\n");
+    Holder { child, stdout }
 }
 
 /// A running `hold`; killed at the latest when it is dropped.

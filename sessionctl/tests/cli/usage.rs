@@ -45,7 +45,7 @@ fn wrong_words_end_with_two_and_leave_stdout_empty() {
 #[test]
 fn a_store_that_cannot_be_meant_ends_with_two() {
     let id = new_id();
-    run(&["get", "redis://h/0", &id]).refused(2, "unknown scheme redis:// (accepted: file://, memory://)");
+    run(&["get", "ftp://h/0", &id]).refused(2, "unknown scheme ftp:// (accepted: file://, memory://, redis://");
     run(&["ls", "nonsense"]).refused(2, "://");
     run(&["gc", "memory://?wiat=1s"]).refused(2, "did you mean wait?");
     run(&["incr", "memory://?ttl=5", &id, "n"]).refused(2, "20m");
@@ -57,7 +57,7 @@ fn a_store_that_cannot_be_meant_ends_with_two() {
 fn neither_a_password_nor_an_id_nor_a_control_character_comes_back() {
     let id = new_id();
     for words in [
-        &["gc", "redis://me:hunter2@h/0"][..],
+        &["gc", "ftp://me:hunter2@h/0"][..],
         &["gc", "memory://", "redis://me:hunter2@h/0"],
         &["gc", "--frobnicate=redis://me:hunter2@h/0"],
         &["get", "redis://me:hunter2@h:99999/0", &id],
