@@ -5,19 +5,17 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use redis::sentinel::{SentinelClientBuilder, SentinelServerType};
-use redis::{Client, ConnectionAddr, IntoConnectionInfo, Pipeline, RedisConnectionInfo, RedisError};
+use redis::{Client, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo, RedisError};
 #[cfg(feature = "tls")]
 use redis::{TlsCertificates, TlsMode};
 use session_core::{Dsn, Error, ErrorKind, Result};
 
 use crate::cluster::Cluster;
-use crate::layout::channel;
-use crate::link::{Failure, Link, Maker, Timeouts};
+use crate::link::{Link, Maker, Timeouts};
 use crate::replicas::Replicas;
 use crate::store::{Servers, Store};
 
@@ -390,11 +388,9 @@ impl RedisConfig {
     }
 
     async fn greet(self, servers: Servers) -> Result<Arc<Store>> {
-        // As an object: the client's futures are so deep that a caller's compiler would refuse to look through them.
-        let greeting: Pin<Box<dyn Future<Output = Result<(), Failure>> + Send + '_>> =
-            Box::pin(greet(&servers, &self.prefix));
-        greeting.await.map_err(|failure| failure.into_error("connect"))?;
-        Store::new(servers, self)
+        let store = Store::new(servers, self)?;
+        store.greet().await.map_err(|failure| failure.into_error("connect"))?;
+        Ok(store)
     }
 
     fn timeouts(&self) -> Timeouts {
@@ -518,26 +514,6 @@ impl RedisConfig {
                 .set_client_to_sentinel_certificates(certificates);
         }
         builder.build()
-    }
-}
-
-/// Asks for an answer of any kind. Whether waiters may be told is asked too: a script that may not tell them would not say so, and
-/// leave them to their sleep.
-async fn greet(servers: &Servers, prefix: &str) -> Result<(), Failure> {
-    match servers {
-        Servers::One { link, .. } => {
-            let mut commands = Pipeline::new();
-            commands.cmd("PING").cmd("PUBLISH").arg(channel(prefix, "")).arg("");
-            let answers = link.ask(&commands).await?;
-            match answers
-                .iter()
-                .find_map(|answer| if let redis::Value::ServerError(error) = answer { Some(error) } else { None })
-            {
-                Some(error) => Err(Failure::refused(error)),
-                None => Ok(()),
-            }
-        }
-        Servers::Cluster(cluster) => cluster.refresh().await,
     }
 }
 

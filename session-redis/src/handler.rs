@@ -17,7 +17,7 @@ use session_core::{
 
 use crate::admin::RedisAdmin;
 use crate::config::RedisConfig;
-use crate::layout::{Body, Keys, TokenText, record, token_text};
+use crate::layout::{Body, Keys, record, token_text};
 use crate::lock::{Protects, RedisLock};
 use crate::store::{Granted, Store, Want, array, foreign, int, millis, parse_body};
 
@@ -91,11 +91,11 @@ impl SessionHandler for RedisHandler {
             (Access::Destroy, _) | (_, Expect::Fresh) => {}
             (Access::Exclusive { wait, lease }, expect) => {
                 let want = if expect == Expect::Existing { Want::Existing } else { Want::Any };
-                let (token, granted) = self.store.acquire("open", keys, want, wait, lease).await?;
+                let (token, value, granted) = self.store.acquire("open", keys, want, wait, lease).await?;
                 match granted {
                     Granted::Absent => opening.see(Body::Absent, -2),
                     Granted::Locked { body, left, .. } => {
-                        opening.hold(token, lease);
+                        opening.hold(token, value, lease);
                         opening.see(body, left);
                     }
                 }
@@ -126,8 +126,9 @@ struct RedisOpening {
     request: OpenRequest,
     held: Option<Held>,
     protects: Option<Arc<Protects>>,
-    /// What the lock holds while it is ours, or may be: also a lease that the first write of a fresh id is to take.
-    token: Option<LeaseToken>,
+    /// The token of the lock while it is ours, or may be, and the value that the lock then has: also of one that the first write of
+    /// a fresh id is to take.
+    token: Option<(LeaseToken, Vec<u8>)>,
     basis: Basis,
     fetched: Option<Option<Record>>,
     /// Whether a write was sent that was never answered: a refusal may then be of its own repeat (`protocol.md` 4).
@@ -175,12 +176,12 @@ enum Then {
 }
 
 impl RedisOpening {
-    fn hold(&mut self, token: LeaseToken, length: Duration) {
+    fn hold(&mut self, token: LeaseToken, value: Vec<u8>, length: Duration) {
         let protects = Arc::new(Protects::default());
         let lease = Lease::new(self.id.clone(), token, length).with_state(protects.clone());
         self.held = Some(Held { lease: Arc::new(lease), lock: self.lock.clone() });
         self.protects = Some(protects);
-        self.token = Some(token);
+        self.token = Some((token, value));
     }
 
     /// Takes over what the store answered.
@@ -212,9 +213,9 @@ impl RedisOpening {
         }
     }
 
-    fn token_text(&self) -> TokenText {
-        // No lock has this one.
-        self.token.map_or([b'-'; 32], token_text)
+    /// Returns the value of our lock; no lock has this one if we have none.
+    fn lock_value(&self) -> &[u8] {
+        self.token.as_ref().map_or(&[b'-'; 32], |(_, value)| value)
     }
 
     fn may_write(&self, operation: &'static str) -> Result<()> {
@@ -243,21 +244,22 @@ impl RedisOpening {
         }
         let takes = match self.exclusive() {
             Some(length) if then == Then::Keep && self.basis == Basis::Unseen => {
-                let token = match self.token {
-                    Some(token) => token,
-                    None => LeaseToken::random()?,
-                };
-                // Kept from the first copy on, so that a repeat takes the same lock.
-                self.token = Some(token);
-                Some((token, length))
+                if self.token.is_none() {
+                    let token = LeaseToken::random()?;
+                    // Kept from the first copy on, so that a repeat takes the same lock.
+                    self.token = Some((token, self.store.lock_value(&token_text(token), length)));
+                }
+                Some(length)
             }
             _ => None,
         };
         let body = Body::live(id, &record.data);
-        let outcome = self.change("write", b'w', Some(id), record.ttl, &body, then, takes.map(|(_, length)| length)).await;
+        let outcome = self.change("write", b'w', record.ttl, &body, then).await;
         if outcome.is_ok() {
-            if let Some((token, length)) = takes {
-                self.hold(token, length);
+            if let Some(length) = takes
+                && let Some((token, value)) = self.token.take()
+            {
+                self.hold(token, value, length);
             }
             self.basis = Basis::Written(id);
             self.protect();
@@ -270,52 +272,34 @@ impl RedisOpening {
         if let Some(end) = self.end {
             return Err(end.error("touch"));
         }
-        self.change("touch", b't', None, ttl, b"", then, None).await
+        self.change("touch", b't', ttl, b"", then).await
     }
 
     /// Sends a change and draws the consequences of its outcome. Unless it was refused, the script has drawn those for the lock.
-    #[allow(clippy::too_many_arguments, reason = "one for each part of the change")]
-    async fn change(
-        &mut self,
-        operation: &'static str,
-        what: u8,
-        id: Option<WriteId>,
-        ttl: Ttl,
-        body: &[u8],
-        then: Then,
-        takes: Option<Duration>,
-    ) -> Result<Written> {
-        let (basis, prev) = match self.basis {
+    async fn change(&mut self, operation: &'static str, what: u8, ttl: Ttl, body: &[u8], then: Then) -> Result<Written> {
+        let (basis, found) = match self.basis {
             // Nothing under this id can be ours, so there is nothing to ask.
             Basis::Barred => {
                 self.ended(End::Refused(ErrorKind::Gone));
                 return Err(End::Refused(ErrorKind::Gone).error(operation));
             }
-            Basis::Written(prev) => (b'w', Some(prev)),
-            Basis::Absent { mark } if what == b'w' => (b'a', mark),
+            Basis::Written(prev) => (b'w', Some(Body::live_header(prev))),
+            Basis::Absent { mark } if what == b'w' => (b'a', mark.map(Body::buried_header)),
             Basis::Absent { .. } | Basis::Unseen => (b'u', None),
         };
         let access = if self.exclusive().is_some() { b'e' } else { b'o' };
-        let how = [basis, access, what, if then == Then::Keep { b'k' } else { b'c' }];
-        let prev = prev.map(WriteId::to_bytes);
-        let id = id.map(WriteId::to_bytes);
+        // A save under the name of the write before is a repeat, for which the short way is too short.
+        let repeat = found.as_ref().is_some_and(|found| body.starts_with(found));
+        let next = match then {
+            Then::Keep => b'k',
+            Then::Close if repeat => b'r',
+            Then::Close => b'c',
+        };
+        let how = [basis, access, what, next];
         let none: &[u8] = b"";
         let ttl = ttl.as_millis().to_string();
-        let token = self.token_text();
-        let (value, length) = match takes {
-            Some(length) => (self.store.lock_value(&token, length), millis(length).to_string()),
-            None => (Vec::new(), String::new()),
-        };
-        let args: [&[u8]; 8] = [
-            &token,
-            &how,
-            prev.as_ref().map_or(none, |prev| prev),
-            id.as_ref().map_or(none, |id| id),
-            ttl.as_bytes(),
-            body,
-            &value,
-            length.as_bytes(),
-        ];
+        let value = self.lock_value().to_vec();
+        let args: [&[u8]; 5] = [&value, found.as_ref().map_or(none, |found| found), ttl.as_bytes(), body, &how];
         let before = std::mem::replace(&mut self.unsettled, true);
         let (answer, sent) = self.store.change(&self.keys, &self.store.scripts.save, &args).await;
         let answer = match answer.and_then(|answer| int(&answer)) {
@@ -374,7 +358,7 @@ impl RedisOpening {
         let close: &[u8] = if then == Then::Close { b"1" } else { b"0" };
         // A create of ours may still be under way, and must find a trace.
         let trace: &[u8] = if self.basis == Basis::Unseen && self.unsettled { b"1" } else { b"0" };
-        let token = self.token_text();
+        let token = self.lock_value()[..32].to_vec();
         let args: [&[u8]; 5] = [&token, &mark, lease.as_bytes(), close, trace];
         let (answer, sent) = self.store.change(&self.keys, &self.store.scripts.destroy, &args).await;
         let removed = answer.and_then(removed).map_err(|failure| failure.into_outcome("destroy", sent))?;
@@ -390,15 +374,15 @@ impl RedisOpening {
     async fn give_back(&mut self) -> Result<()> {
         let token = self.token.take();
         self.ended(End::Closed);
-        let Some(token) = token else { return Ok(()) };
-        let args: [&[u8]; 3] = [&token_text(token), b"1", b"0"];
+        let Some((_, value)) = token else { return Ok(()) };
+        let args: [&[u8]; 3] = [&value, b"1", b"0"];
         let answer = self.store.run(&self.keys, &self.store.scripts.release, &args).await;
         answer.map(|_| ()).map_err(|failure| failure.into_outcome("close", false))
     }
 
     /// Ends the opening after an error, and gives back a lock that a script has left to it.
     fn refuse(&mut self, kind: ErrorKind) {
-        if let Some(token) = self.token.take() {
+        if let Some((token, _)) = self.token.take() {
             self.store.release_later(self.keys.clone(), token_text(token), true);
         }
         self.ended(End::Refused(kind));
@@ -483,7 +467,7 @@ impl OpenSession for RedisOpening {
 
 impl Drop for RedisOpening {
     fn drop(&mut self) {
-        if let Some(token) = self.token.take() {
+        if let Some((token, _)) = self.token.take() {
             self.store.release_later(self.keys.clone(), token_text(token), true);
         }
     }

@@ -82,14 +82,30 @@ impl Body {
         }
     }
 
+    /// Returns the header of a record whose last write is `id`.
+    pub(crate) fn live_header(id: WriteId) -> [u8; HEADER] {
+        header(LIVE, id)
+    }
+
+    /// Returns the header of the trace that the destruction `mark` left.
+    pub(crate) fn buried_header(mark: WriteId) -> [u8; HEADER] {
+        header(BURIED, mark)
+    }
+
     /// Returns the bytes of a record.
     pub(crate) fn live(id: WriteId, data: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEADER + data.len());
-        bytes.extend_from_slice(LIVE);
-        bytes.extend_from_slice(&id.to_bytes());
+        bytes.extend_from_slice(&Self::live_header(id));
         bytes.extend_from_slice(data);
         bytes
     }
+}
+
+fn header(kind: &[u8; 4], id: WriteId) -> [u8; HEADER] {
+    let mut header = [0; HEADER];
+    header[..4].copy_from_slice(kind);
+    header[4..].copy_from_slice(&id.to_bytes());
+    header
 }
 
 /// Whether what begins with `head` is a record.

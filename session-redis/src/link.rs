@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::pin::Pin;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -257,7 +258,10 @@ impl Link {
             Some((_, pause)) => (pause * 2).min(PAUSES.1),
             None => PAUSES.0,
         };
-        match self.connect().await {
+        // As an object: the client's futures are so deep that a compiler would refuse to look through them.
+        let connecting: Pin<Box<dyn Future<Output = Result<MultiplexedConnection, Failure>> + Send + '_>> =
+            Box::pin(self.connect());
+        match connecting.await {
             Ok(connection) => {
                 let mut state = self.state();
                 state.generation += 1;

@@ -66,7 +66,7 @@ impl fmt::Debug for RedisLock {
 impl SessionLock for RedisLock {
     async fn acquire(&self, id: &SessionId, request: &LeaseRequest) -> Result<Arc<Lease>> {
         let keys = Arc::new(self.store.keys(id));
-        let (token, granted) = self.store.acquire("acquire", keys, Want::Lock, request.wait, request.lease).await?;
+        let (token, _, granted) = self.store.acquire("acquire", keys, Want::Lock, request.wait, request.lease).await?;
         let clean = matches!(granted, Granted::Locked { clean: true, .. });
         Ok(Arc::new(Lease::new(id.clone(), token, request.lease).after_clean_release(clean)))
     }

@@ -15,8 +15,9 @@ pub(crate) struct Script {
 }
 
 impl Script {
-    fn new(choices: &str, body: &str) -> Self {
-        let text = [choices, include_str!("scripts/common.lua"), body].concat();
+    /// `first` is run before anything is set up.
+    fn new(first: &str, choices: &str, body: &str) -> Self {
+        let text = [first, choices, include_str!("scripts/common.lua"), body].concat();
         let digest = redis::Script::new(&text).get_hash().to_owned();
         Self { text, digest }
     }
@@ -31,6 +32,15 @@ impl Script {
             call.arg(*arg);
         }
         call
+    }
+}
+
+impl Script {
+    /// Returns the command that gives the script to a server.
+    fn load(&self) -> Cmd {
+        let mut load = Cmd::with_capacity(3, 32 + self.text.len());
+        load.arg("SCRIPT").arg("LOAD").arg(&self.text);
+        load
     }
 }
 
@@ -50,11 +60,16 @@ impl Scripts {
         let mut choices = String::new();
         let _ = writeln!(choices, "local SKIP_DEAF, STRICT = {skip_deaf}, {strict}");
         Self {
-            enter: Script::new(&choices, include_str!("scripts/enter.lua")),
-            save: Script::new(&choices, include_str!("scripts/save.lua")),
-            destroy: Script::new(&choices, include_str!("scripts/destroy.lua")),
-            release: Script::new(&choices, include_str!("scripts/release.lua")),
-            renew: Script::new(&choices, include_str!("scripts/renew.lua")),
+            enter: Script::new("", &choices, include_str!("scripts/enter.lua")),
+            save: Script::new(include_str!("scripts/save_fast.lua"), &choices, include_str!("scripts/save.lua")),
+            destroy: Script::new("", &choices, include_str!("scripts/destroy.lua")),
+            release: Script::new(include_str!("scripts/release_fast.lua"), &choices, include_str!("scripts/release.lua")),
+            renew: Script::new("", &choices, include_str!("scripts/renew.lua")),
         }
+    }
+
+    /// Returns the commands that give all scripts to a server.
+    pub(crate) fn load(&self) -> impl Iterator<Item = Cmd> {
+        [&self.enter, &self.save, &self.destroy, &self.release, &self.renew].into_iter().map(Script::load)
     }
 }

@@ -114,6 +114,34 @@ impl Store {
         }))
     }
 
+    /// Asks the server for an answer of any kind, and gives it the scripts, so that no request has to. Whether waiters may be told is
+    /// asked too: a script that may not tell them would not say so, and leave them to their sleep.
+    pub(crate) async fn greet(&self) -> Result<(), Failure> {
+        let mut greeting = Pipeline::with_capacity(7);
+        greeting.cmd("PING").cmd("PUBLISH").arg(channel(&self.config.prefix, "")).arg("");
+        for load in self.scripts.load() {
+            greeting.add_command(load);
+        }
+        match &*self.servers {
+            Servers::One { link, .. } => {
+                // Whoever may not load scripts sends each of them whole with its first call.
+                let answers = link.ask(&greeting).await?;
+                let refusal = answers.iter().take(2).find_map(|answer| match answer {
+                    Value::ServerError(error) => Some(Failure::refused(error)),
+                    _ => None,
+                });
+                refusal.map_or(Ok(()), Err)
+            }
+            Servers::Cluster(cluster) => {
+                for node in cluster.masters().await? {
+                    // One that is down now is asked again by whoever needs it.
+                    let _ = node.link.ask(&greeting).await;
+                }
+                Ok(())
+            }
+        }
+    }
+
     pub(crate) fn keys(&self, id: &SessionId) -> Keys {
         Keys::new(&self.config.prefix, id)
     }
@@ -132,15 +160,21 @@ impl Store {
 
     /// Sends commands of one session in one flight. What fails in passing is tried once more, so they must bear that.
     pub(crate) async fn ask(&self, keys: &Keys, commands: &Pipeline) -> Result<Vec<Value>, Failure> {
+        self.ask_twice(keys, commands).await.map(|(answers, _)| answers)
+    }
+
+    /// The same, and says whether the answers are those to a repeat.
+    async fn ask_twice(&self, keys: &Keys, commands: &Pipeline) -> Result<(Vec<Value>, bool), Failure> {
         let sent = match self.ask_once(keys, commands).await {
             Ok(answers) if !answers.iter().any(|answer| error_kind(answer) == Some(ServerErrorKind::ReadOnly)) => {
-                return Ok(answers);
+                return Ok((answers, false));
             }
             Ok(_) => false,
             Err(failure) if !failure.passing => return Err(failure),
             Err(failure) => failure.sent,
         };
-        self.ask_once(keys, commands).await.map_err(|mut failure| {
+        let repeated = self.ask_once(keys, commands).await;
+        repeated.map(|answers| (answers, true)).map_err(|mut failure| {
             failure.sent |= sent;
             failure
         })
@@ -271,10 +305,11 @@ impl Store {
         look_at(body, &left)
     }
 
-    /// Takes the lock of `id`, waiting for it if there is time, and reads the record in the same flight.
+    /// Takes the lock of a session, waiting for it if there is time, and reads the record in the same flight. Returns the token, and
+    /// the value that the lock has while nobody waits for it.
     ///
-    /// While nobody waits these are plain commands, which cost the server less than a script. The lock is ours if it holds our
-    /// token, whatever the `SET` answered: a repeat of it finds the lock taken, by itself (`protocol.md` 11).
+    /// While nobody waits these are plain commands, which cost the server less than a script. Whoever does not get the lock by
+    /// them runs a script, which knows him by his token: a repeat of a `SET` finds the lock taken, by itself (`protocol.md` 11).
     pub(crate) async fn acquire(
         self: &Arc<Self>,
         operation: &'static str,
@@ -282,83 +317,63 @@ impl Store {
         want: Want,
         wait: Duration,
         lease: Duration,
-    ) -> Result<(LeaseToken, Granted)> {
+    ) -> Result<(LeaseToken, Vec<u8>, Granted)> {
         let began = Instant::now();
         let token = LeaseToken::random()?;
         let text = token_text(token);
         let value = self.lock_value(&text, lease);
         let lease_ms = millis(lease);
-        let mut commands = Pipeline::with_capacity(5);
+        let mut commands = Pipeline::with_capacity(4);
         commands.cmd("SET").arg(&*keys.lock).arg(&value).arg("NX").arg("PX").arg(lease_ms);
-        commands.cmd("GET").arg(&*keys.lock);
         commands.cmd("EXISTS").arg(&*keys.queue);
         if want != Want::Lock {
             commands.cmd("GET").arg(&*keys.record).cmd("PTTL").arg(&*keys.record);
         }
         let mut attempt = Attempt { store: self, keys: &keys, token: text, armed: true };
-        let got = self.ask(&keys, &commands).await.map_err(|failure| {
+        let asked = self.ask_twice(&keys, &commands).await.map_err(|failure| {
             attempt.armed = failure.sent;
             failure.into_error(operation)
-        })?;
-        let mut got = got.into_iter();
-        let mut next = || got.next().ok_or_else(|| Failure::unexpected("an answer is missing").into_error(operation));
-        let (set, owner, queue) = (next()?, next()?, next()?);
-        if let Value::ServerError(error) = &set {
-            return Err(Failure::refused(error).into_error(operation));
-        }
-        let found = if want == Want::Lock { Ok((Body::Absent, -2)) } else { look_at(next()?, &next()?) };
-        let found = found.and_then(|found| match (owner, queue) {
-            (Value::ServerError(error), _) | (_, Value::ServerError(error)) => Err(Failure::refused(&error)),
-            (owner, queue) => Ok((owner, queue, found)),
         });
-        let (owner, queue, (body, left)) = match found {
-            Ok(found) => found,
+        let (answers, repeated) = asked?;
+        let flight = match Flight::parse(answers, want) {
+            Ok(flight) => flight,
             Err(failure) => {
                 attempt.give_up().await;
                 return Err(failure.into_error(operation));
             }
         };
-        let owner = bytes(owner);
-        let mine = owner.as_ref().is_some_and(|owner| owner.starts_with(&text));
-        let queued = int(&queue).map_err(|failure| failure.into_error(operation))? > 0;
+        let Flight { mine, queued, body, mut left } = flight;
         if want == Want::Existing && !matches!(body, Body::Live { .. }) {
-            if mine {
+            // A repeat may have found its own lock.
+            attempt.armed = false;
+            if mine || repeated {
                 attempt.give_up().await;
             }
-            attempt.armed = false;
-            return Ok((token, Granted::Absent));
-        }
-        if owner.as_ref().is_some_and(|owner| !is_lock(owner)) {
-            attempt.armed = false;
-            return Err(foreign_lock().into_error(operation));
+            return Ok((token, value, Granted::Absent));
         }
         if mine && !queued {
-            let mut left = left;
-            if matches!(body, Body::Live { .. }) && left < 2 * lease_ms {
-                let renewed = self.run(&keys, &self.scripts.renew, &[&text, lease_ms.to_string().as_bytes(), b"1"]).await;
-                match renewed.and_then(|answer| int(&answer)) {
-                    Ok(1) => left = 2 * lease_ms,
-                    // It ended between the two flights: what is there now is asked for under the lock.
-                    Ok(_) => left = 0,
-                    Err(failure) => {
-                        attempt.give_up().await;
-                        return Err(failure.into_error(operation));
-                    }
+            if !matches!(body, Body::Live { .. }) || left >= 2 * lease_ms {
+                attempt.armed = false;
+                return Ok((token, value, Granted::Locked { body, left, clean: false }));
+            }
+            // It would end before the hold does.
+            let renewed = self.run(&keys, &self.scripts.renew, &[&text, lease_ms.to_string().as_bytes(), b"1"]).await;
+            match renewed.and_then(|answer| int(&answer)) {
+                Ok(1) => {
+                    left = 2 * lease_ms;
+                    attempt.armed = false;
+                    return Ok((token, value, Granted::Locked { body, left, clean: false }));
                 }
-                if left == 0 {
-                    let granted = self.queue_up(operation, &mut attempt, want, wait, lease, &value, began).await?;
-                    return Ok((token, granted));
+                // It ended between the two flights: what is there now is asked for under the lock.
+                Ok(_) => {}
+                Err(failure) => {
+                    attempt.give_up().await;
+                    return Err(failure.into_error(operation));
                 }
             }
-            attempt.armed = false;
-            return Ok((token, Granted::Locked { body, left, clean: false }));
-        }
-        if wait.is_zero() && !mine {
-            attempt.armed = false;
-            return Err(lock_timeout(operation, wait, owner.as_deref()));
         }
         let granted = self.queue_up(operation, &mut attempt, want, wait, lease, &value, began).await?;
-        Ok((token, granted))
+        Ok((token, value, granted))
     }
 
     /// Takes a place in the queue and waits there; with [`RedisWake::Poll`] it takes none, and looks again and again.
@@ -479,7 +494,10 @@ impl Store {
 
     async fn release_once(&self, keys: &Keys, token: TokenText, clean: bool) -> Result<(), Failure> {
         let clean: &[u8] = if clean { b"1" } else { b"0" };
-        self.run(keys, &self.scripts.release, &[&token, clean, b"0"]).await.map(drop)
+        let mut commands = Pipeline::with_capacity(1);
+        // Whole, because a server that does not answer in time could not say either that it has forgotten the script.
+        commands.add_command(self.scripts.release.call(keys, &[&token, clean, b"0"], true));
+        int(&only(self.ask(keys, &commands).await?)?).map(drop)
     }
 
     /// Gives up whatever `token` has, also to a server that comes back a moment later; otherwise that ends with its lease.
@@ -550,6 +568,30 @@ impl Drop for Attempt<'_> {
         if self.armed {
             self.store.release_later(self.keys.clone(), self.token, true);
         }
+    }
+}
+
+/// The answers to the flight that takes a lock while nobody waits.
+struct Flight {
+    mine: bool,
+    queued: bool,
+    body: Body,
+    left: i64,
+}
+
+impl Flight {
+    fn parse(answers: Vec<Value>, want: Want) -> Result<Self, Failure> {
+        let mut answers = answers.into_iter();
+        let mut next = || answers.next().ok_or_else(|| Failure::unexpected("an answer is missing"));
+        let mine = match next()? {
+            Value::Okay => true,
+            Value::Nil => false,
+            Value::ServerError(error) => return Err(Failure::refused(&error)),
+            _ => return Err(Failure::unexpected("SET answered with something else than it can")),
+        };
+        let queued = int(&next()?)? > 0;
+        let (body, left) = if want == Want::Lock { (Body::Absent, -2) } else { look_at(next()?, &next()?)? };
+        Ok(Self { mine, queued, body, left })
     }
 }
 

@@ -27,7 +27,10 @@ struct At {
 
 impl At {
     fn config(&self, namespace: &str) -> Result<RedisConfig> {
-        Ok(RedisConfig::from_dsn(&Dsn::parse(&self.dsn)?)?.with_prefix(format!("{namespace}:")))
+        // Many cases at once, each with connections of its own, are slow to connect on a busy machine.
+        let patient = Duration::from_secs(10);
+        let config = RedisConfig::from_dsn(&Dsn::parse(&self.dsn)?)?;
+        Ok(config.with_prefix(format!("{namespace}:")).with_connect_timeout(patient))
     }
 }
 

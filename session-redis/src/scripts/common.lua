@@ -9,7 +9,7 @@ local LIVE, BURIED, HEADER = 'skr1', 'skt1', 20
 local CLAIM, REMEMBER, HEIR = 1000, 60000, 20
 
 -- The value of a lock is `token|lease|since|channel`. While it is a grant that its waiter has not come for, a mark stands behind:
--- `|c` if the holder before let go, `|g` if not. A place in the queue is the same without a mark, and then `|deadline`.
+-- `|c` if the holder before let go, `|g` if not. Once it is held, `|w` says that somebody waits. A place in the queue is the same without a mark, and then `|deadline`.
 local function is_of(value, token)
   return value and token ~= '' and string.sub(value, 1, 32) == token
 end

@@ -14,6 +14,9 @@ if want == 'existing' and not (body and string.sub(body, 1, 4) == LIVE) then
   return {2}
 end
 
+-- Something that is nobody's lock is left alone, and told of.
+if owner and not string.find(owner, '^%x+|%d+|') then return {0, owner, 0, 0} end
+
 local granted = inherited or own and (queued or waiting == 0)
 local clean = granted and string.sub(owner, -2) == '|c'
 if not granted and (own or not owner) then
@@ -40,7 +43,7 @@ end
 if granted then
   leave(token)
   leave(heir)
-  redis.call('SET', LOCK, value, 'PX', lease)
+  redis.call('SET', LOCK, redis.call('LLEN', QUEUE) > 0 and value .. '|w' or value, 'PX', lease)
   local left = -2
   if body then
     left = redis.call('PTTL', RECORD)
@@ -58,6 +61,7 @@ if wait <= 0 then
   leave(heir)
   return {0, owner, 0, 0}
 end
+if owner and not string.find(owner, '|[cgw]$') then redis.call('SET', LOCK, owner .. '|w', 'KEEPTTL') end
 local entry = value .. '|' .. (now() + wait + HEIR)
 local at = 0
 for index, place in ipairs(redis.call('LRANGE', QUEUE, 0, -1)) do

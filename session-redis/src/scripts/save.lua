@@ -1,9 +1,10 @@
 -- Judges a write or a touch, applies it, and gives the lock back unless it is to be kept.
--- ARGV: token, how (four letters, below), prev, id, ttl, body, value, lease.
+-- ARGV: the value of the lock as its holder set it, the header of what was found, ttl, body, how.
 -- how: the basis (w: a write was found, a: nothing was found, u: nothing was looked at), the access (e, o), the change (w, t), and
--- what comes next (k: keep, c: close).
+-- what comes next (k: keep, c: close, r: close after what may be a repeat of the write that was found).
 -- Answers: 1 applied, 2 applied before, 0 refused, -1 gone, -2 not a record of ours.
-local token, how, prev, id = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local value, body, how = ARGV[1], ARGV[4], ARGV[5]
+local token, prev, id = string.sub(value, 1, 32), string.sub(ARGV[2], 5), string.sub(body, 5, HEADER)
 local owner = redis.call('GET', LOCK)
 local head = redis.call('GETRANGE', RECORD, 0, HEADER - 1)
 local waiting = redis.call('LLEN', QUEUE)
@@ -36,13 +37,15 @@ end
 local outcome = judge()
 if outcome == 1 then
   if writes then
-    redis.call('SET', RECORD, ARGV[6], 'PX', ARGV[5])
+    redis.call('SET', RECORD, body, 'PX', ARGV[3])
   else
-    redis.call('PEXPIRE', RECORD, ARGV[5])
+    redis.call('PEXPIRE', RECORD, ARGV[3])
   end
 end
 if keeps and outcome > 0 then
-  if basis == 'u' and exclusive and not owner then redis.call('SET', LOCK, ARGV[7], 'PX', ARGV[8]) end
+  if basis == 'u' and exclusive and not owner then
+    redis.call('SET', LOCK, waiting > 0 and value .. '|w' or value, 'PX', string.match(value, '^%x+|(%d+)|'))
+  end
 elseif own and outcome ~= 0 or not owner and waiting > 0 then
   -- Whoever is refused under his own lock may be a late copy of an earlier write, and the holder is still at work.
   if waiting > 0 then hand_on(own) else redis.call('DEL', LOCK) end
