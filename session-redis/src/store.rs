@@ -390,13 +390,14 @@ impl Store {
     ) -> Result<Granted> {
         let keys = attempt.keys;
         let lease_ms = millis(lease).to_string();
-        // Before the server is told: the grant may come before its answer.
-        let waiter: Waiter = self.waiters.register(attempt.token);
         let polls = self.config.wake == RedisWake::Poll;
         let mut tries = 0;
+        // First of all, since a new subscription wakes whoever is registered.
         if !wait.is_zero() && !polls {
             self.waiters.listen(wait.min(CLAIM)).await;
         }
+        // Before the server is told: the grant may come before its answer.
+        let waiter: Waiter = self.waiters.register(attempt.token);
         let heir = self.places.lock().unwrap_or_else(PoisonError::into_inner).remove(&keys.record);
         let mut heir: Vec<u8> = heir.map(|token| token.to_vec()).unwrap_or_default();
         let mut queued: &[u8] = b"0";
