@@ -106,17 +106,21 @@ pub(crate) enum Command {
     /// Measures cycles per second and waits, beside the raw floor
     ///
     /// A cycle is: open exclusively, read, write, close. Every task has a session of its own; there
-    /// is 1 task, then there are 16. What is compared runs in the same directory, in the same run,
-    /// in turns (A B C, A B C, …); the medians over the rounds are printed.
+    /// is 1 task, then there are 16, and 64 on a server. What is compared runs in the same place, in
+    /// the same run, in turns (A B C, A B C, …); the medians over the rounds are printed.
     ///
-    ///   floor      a plain program on plain threads: open, flock, pread, pwrite in place, close;
-    ///              with fdatasync after the write for durability=data and full
+    ///   floor      files: a plain program on plain threads: open, flock, pread, pwrite in place,
+    ///              close; with fdatasync after the write for durability=data and full
+    ///              redis://: the same client, bare: SET lock NX PX and GET in one pipeline, then a
+    ///              script that compares, writes and unlocks
     ///   cycle      our handler: open, read, save
     ///   session    all of ours: open, get, insert, close; ids hashed, values encoded, tasks queued
-    ///   rename     a plain program on plain threads: flock on a lock file, read, write a temporary
-    ///              file, fdatasync for data and full, rename, fsync the directory for full
-    ///   peer       tower-sessions-file-store: load, save; it neither locks nor syncs
-    ///   cycle_vs_rename, session_vs_peer
+    ///   rename     files: a plain program on plain threads: flock on a lock file, read, write a
+    ///              temporary file, fdatasync for data and full, rename, fsync the directory for full
+    ///   unlocked   redis://: the same client, bare: GET, then SET, without any lock
+    ///   peer       load, save of tower-sessions-file-store, which neither locks nor syncs, and of
+    ///              tower-sessions-redis-store with a pool of six connections, which does not lock
+    ///   cycle_vs_rename, cycle_vs_unlocked, session_vs_peer
     ///              how many times faster ours is (the peer: only where ours does not sync either)
     ///   handover_processes
     ///              from a holder's close to where the waiter's open returns, in another process
@@ -124,10 +128,12 @@ pub(crate) enum Command {
     ///              the same between two tasks of one process
     ///
     /// The ratio is the cycles of a line divided by the cycles beside it: the floor's, except in the
-    /// two lines that say otherwise. memory:// has no floor, and gets cycle and session.
+    /// lines that say otherwise. Trips are the round trips of a cycle, counted with one task at a
+    /// proxy, in a pass of its own. memory:// has no floor, and gets cycle and session; so do
+    /// servers other than redis://, with hand-overs.
     #[command(
         verbatim_doc_comment,
-        after_help = "Example:\n  sessionctl bench file:///srv/sessions 'file:///srv/sessions?durability=data'"
+        after_help = "Examples:\n  sessionctl bench file:///srv/sessions 'file:///srv/sessions?durability=data'\n  sessionctl bench redis://127.0.0.1/0 --json"
     )]
     Bench(BenchArgs),
     /// Prints a completion script for your shell

@@ -1,18 +1,20 @@
 //! `bench`: our cycle beside the floor, in turns, in one run, and how long a hand-over takes.
 //!
-//! Reading order: [`plain`] (the floor), [`ours`] (our cycles and the peer's), [`handover`].
+//! Reading order: [`plain`] (the floor of files), [`redis`] (that of Redis, and its peer), [`ours`] (our cycles), [`handover`].
 
 mod handover;
 mod ours;
 mod plain;
+mod redis;
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use conformance_tests::proxy::Proxy;
 use indicatif::ProgressBar;
 use serde::Serialize;
 use session_core::Dsn;
-use tempfile::TempDir;
 
 pub(crate) use self::handover::wait_for_handovers;
 use self::ours::{HandlerCycle, PeerCycle, SessionCycle};
@@ -20,7 +22,7 @@ use self::plain::{Program, Sync};
 use crate::args::BenchArgs;
 use crate::failure::Failure;
 use crate::output::{Align, Cell, Output, Style, Table, bytes, micros, span, thousands};
-use crate::store::{Place, connect, redact};
+use crate::store::{Place, Stores, connect, redact};
 
 /// What one contender did in one round.
 #[derive(Debug)]
@@ -89,13 +91,9 @@ pub(crate) async fn bench(args: BenchArgs, out: &Output) -> Result<(), Failure> 
 struct Arena<'a> {
     args: &'a BenchArgs,
     name: String,
-    dsn: String,
-    files: Option<Files>,
-}
-
-struct Files {
-    directory: TempDir,
-    sync: Sync,
+    /// What was asked for.
+    dsn: &'a str,
+    place: Place,
 }
 
 /// Everything that takes part in the rounds.
@@ -104,64 +102,116 @@ enum Contender {
     Cycle(HandlerCycle),
     Session(SessionCycle),
     Peer(PeerCycle),
+    RedisPlain(redis::PlainCycle),
+    RedisPeer(redis::PeerCycle),
 }
 
+/// How long a contender runs while its flights are counted.
+const COUNTED: Duration = Duration::from_millis(30);
+
 impl<'a> Arena<'a> {
-    async fn new(dsn: &str, args: &'a BenchArgs) -> Result<Self, Failure> {
-        let name = redact(dsn);
-        Ok(match Place::new(dsn, "bench").await? {
-            Place::Memory | Place::Prefix(_) => Self { args, name, dsn: dsn.to_owned(), files: None },
-            Place::Directory(directory, options) => {
-                let sync = match Dsn::parse(dsn)?.option("durability") {
-                    Some("none") => Sync::None,
-                    Some("full") => Sync::Full,
-                    _ => Sync::Data,
-                };
-                Self { args, name, dsn: options.at(&directory.path().join("ours"))?, files: Some(Files { directory, sync }) }
-            }
-        })
+    async fn new(dsn: &'a str, args: &'a BenchArgs) -> Result<Self, Failure> {
+        Ok(Self { args, name: redact(dsn), dsn, place: Place::new(dsn, "bench").await? })
     }
 
     async fn measure(&self, out: &Output) -> Result<Vec<Measurement>, Failure> {
         let mut measured = Vec::new();
         let bar = out.progress(0, "  {bar:32} {percent:>3} %  {msg}");
         bar.set_message("preparing");
-        for tasks in [1, 16] {
-            let contenders = self.contenders(tasks).await?;
+        let stores = self.place.stores();
+        // A server is shared by more than the threads of one machine.
+        let crowd = if matches!(self.place, Place::Prefix(_)) { 64 } else { 16 };
+        for tasks in [1, crowd] {
+            let contenders = self.contenders(stores.as_ref(), tasks).await?;
             bar.set_length(2 * u64::from(self.args.rounds + 1) * contenders.len() as u64);
             let medians = self.rounds(&contenders, tasks, &bar).await?;
             self.compare(&contenders, &medians, tasks, &mut measured);
+            remove(contenders).await?;
         }
-        if self.files.is_some() {
+        if let Some(stores) = &stores {
+            if let Some(server) = stores.server() {
+                bar.set_message("round trips");
+                let trips = self.trips(stores, server).await?;
+                for line in &mut measured {
+                    line.trips = trips.get(line.what).copied();
+                }
+            }
             bar.set_message("hand-over");
-            let round = handover::between_processes(&self.dsn, self.args.handovers).await?;
+            let dsn = stores.dsn("ours")?;
+            let round = handover::between_processes(&dsn, self.args.handovers).await?;
             measured.push(self.waits("handover_processes", 2, round.waits));
-            let round = handover::between_tasks(&connect(&self.dsn).await?, self.args.handovers).await?;
+            let round = handover::between_tasks(&connect(&dsn).await?, self.args.handovers).await?;
             measured.push(self.waits("handover_tasks", 2, round.waits));
+            stores.sweep("ours").await?;
         }
         bar.finish_and_clear();
         Ok(measured)
     }
 
-    async fn contenders(&self, tasks: usize) -> Result<Vec<(&'static str, Contender)>, Failure> {
+    /// Makes ready whatever can be measured in this place, the floor first.
+    async fn contenders(&self, stores: Option<&Stores>, tasks: usize) -> Result<Vec<(&'static str, Contender)>, Failure> {
         let payload = self.args.payload as usize;
-        let mut contenders = Vec::new();
-        if let Some(Files { directory, sync }) = &self.files {
-            for (name, program) in [("floor", Program::InPlace), ("rename", Program::Rename)] {
-                let place = directory.path().join(name);
-                std::fs::create_dir_all(&place)
-                    .and_then(|()| program.prepare(&place, tasks, payload))
-                    .map_err(Failure::local("make the files of the floor"))?;
-                contenders.push((name, Contender::Plain(program, place, *sync)));
+        let ours = stores.map_or_else(|| Ok(self.dsn.to_owned()), |stores| stores.dsn("ours"))?;
+        let cycle = HandlerCycle::prepare(sessionkit::handler(&ours).await?, tasks, payload).await?;
+        let session = SessionCycle::prepare(connect(&ours).await?, tasks, payload).await?;
+        let mut contenders = vec![("cycle", Contender::Cycle(cycle)), ("session", Contender::Session(session))];
+        match &self.place {
+            Place::Memory => {}
+            Place::Directory(directory, _) => {
+                let sync = self.sync()?;
+                let plain = |name: &'static str, program: Program| {
+                    let place = directory.path().join(name);
+                    std::fs::create_dir_all(&place)
+                        .and_then(|()| program.prepare(&place, tasks, payload))
+                        .map_err(Failure::local("make the files of the floor"))?;
+                    Ok::<_, Failure>((name, Contender::Plain(program, place, sync)))
+                };
+                contenders.insert(0, plain("floor", Program::InPlace)?);
+                contenders.push(plain("rename", Program::Rename)?);
+                let peer = PeerCycle::prepare(&directory.path().join("peer"), tasks, payload).await?;
+                contenders.push(("peer", Contender::Peer(peer)));
             }
-            let peer = PeerCycle::prepare(&directory.path().join("peer"), tasks, payload).await?;
-            contenders.push(("peer", Contender::Peer(peer)));
+            Place::Prefix(_) => {
+                // The plain programs speak with one server, in plain TCP.
+                if let Some(stores) = stores.filter(|stores| stores.server().is_some()) {
+                    let dsn = stores.dsn("plain")?;
+                    let floor = redis::PlainCycle::prepare(&dsn, redis::Program::Locked, tasks, payload).await?;
+                    contenders.insert(0, ("floor", Contender::RedisPlain(floor)));
+                    let unlocked = redis::PlainCycle::prepare(&dsn, redis::Program::Unlocked, tasks, payload).await?;
+                    contenders.push(("unlocked", Contender::RedisPlain(unlocked)));
+                    let peer = redis::PeerCycle::prepare(&dsn, tasks, payload).await?;
+                    contenders.push(("peer", Contender::RedisPeer(peer)));
+                }
+            }
         }
-        let cycle = HandlerCycle::prepare(sessionkit::handler(&self.dsn).await?, tasks, payload).await?;
-        contenders.insert(contenders.len().min(1), ("cycle", Contender::Cycle(cycle)));
-        let session = SessionCycle::prepare(connect(&self.dsn).await?, tasks, payload).await?;
-        contenders.insert(contenders.len().min(2), ("session", Contender::Session(session)));
         Ok(contenders)
+    }
+
+    /// What the plain programs ask of the disk: the same as ours.
+    fn sync(&self) -> Result<Sync, Failure> {
+        Ok(match Dsn::parse(self.dsn)?.option("durability") {
+            Some("none") => Sync::None,
+            Some("full") => Sync::Full,
+            _ => Sync::Data,
+        })
+    }
+
+    /// Counts the flights of a cycle of each contender at a proxy, apart from the rounds, which it would slow down.
+    async fn trips(&self, stores: &Stores, server: String) -> Result<HashMap<&'static str, u32>, Failure> {
+        let proxy = Proxy::start(server).await.map_err(Failure::local("start a proxy"))?;
+        let contenders = self.contenders(Some(&stores.through(proxy.address())), 1).await?;
+        let mut trips = HashMap::new();
+        for (name, contender) in &contenders {
+            let payload = self.args.payload as usize;
+            // Whatever only a first cycle needs.
+            contender.run(1, payload, COUNTED).await?;
+            proxy.reset_counters();
+            let cycles = contender.run(1, payload, COUNTED).await?.waits.len().max(1) as u64;
+            let flights = (proxy.round_trips() + cycles / 2) / cycles;
+            trips.insert(*name, u32::try_from(flights).unwrap_or(u32::MAX));
+        }
+        remove(contenders).await?;
+        Ok(trips)
     }
 
     /// Lets each contender run in each round, and returns for each the median of its rates and all of its waits.
@@ -205,9 +255,13 @@ impl<'a> Arena<'a> {
                 ..self.waits(name, tasks, waits.clone())
             });
         }
-        let mut pairs = vec![("cycle_vs_rename", "cycle", "rename")];
-        // The peer knows no durability: beside a store that waits for the disk, the factor would compare two promises.
-        if self.files.as_ref().is_some_and(|files| files.sync == Sync::None) {
+        let mut pairs = vec![("cycle_vs_rename", "cycle", "rename"), ("cycle_vs_unlocked", "cycle", "unlocked")];
+        // The peer of files knows no durability: beside a store that waits for the disk, the factor would compare two promises.
+        let waits_for_disk = contenders.iter().any(|(_, contender)| match contender {
+            Contender::Plain(_, _, sync) => *sync != Sync::None,
+            _ => false,
+        });
+        if !waits_for_disk {
             pairs.push(("session_vs_peer", "session", "peer"));
         }
         for (what, ours, theirs) in pairs {
@@ -246,6 +300,8 @@ impl Contender {
             Self::Cycle(cycle) => cycle.run(length).await,
             Self::Session(cycle) => cycle.run(length).await,
             Self::Peer(cycle) => cycle.run(length).await,
+            Self::RedisPlain(cycle) => cycle.run(length).await,
+            Self::RedisPeer(cycle) => cycle.run(length).await,
             Self::Plain(program, directory, sync) => {
                 let (program, directory, sync) = (*program, directory.clone(), *sync);
                 let run = move || program.run(&directory, tasks, payload, sync, length);
@@ -254,6 +310,18 @@ impl Contender {
             }
         }
     }
+}
+
+/// Removes what the contenders have stored where nobody removes it as a whole.
+async fn remove(contenders: Vec<(&'static str, Contender)>) -> Result<(), Failure> {
+    for (_, contender) in contenders {
+        match contender {
+            Contender::RedisPlain(cycle) => cycle.remove().await?,
+            Contender::RedisPeer(cycle) => cycle.remove().await?,
+            Contender::Plain(..) | Contender::Cycle(_) | Contender::Session(_) | Contender::Peer(_) => {}
+        }
+    }
+    Ok(())
 }
 
 fn median(mut rates: Vec<f64>) -> f64 {
@@ -289,7 +357,7 @@ fn print(dsn: &str, args: &BenchArgs, measured: &[Measurement], out: &Output) ->
     };
     let how = format!("{} a session, {rounds} of {}", bytes(args.payload.into()), span(args.round));
     out.raw(&format!("{}  {}", out.paint(Style::Bold, crate::output::escape(&redact(dsn))), out.paint(Style::Dim, how)))?;
-    let mut table = Table::new(&[
+    let mut columns = vec![
         ("what", Align::Left),
         ("tasks", Align::Right),
         ("cycles/s", Align::Right),
@@ -297,7 +365,12 @@ fn print(dsn: &str, args: &BenchArgs, measured: &[Measurement], out: &Output) ->
         ("ratio", Align::Right),
         ("p50", Align::Right),
         ("p99", Align::Right),
-    ]);
+    ];
+    let counted = measured.iter().any(|line| line.trips.is_some());
+    if counted {
+        columns.push(("trips", Align::Right));
+    }
+    let mut table = Table::new(&columns);
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate is positive and small")]
     let rate = |rate: Option<f64>| rate.map_or_else(String::new, |rate| thousands(rate.round() as u64));
     let mut tasks = None;
@@ -310,7 +383,7 @@ fn print(dsn: &str, args: &BenchArgs, measured: &[Measurement], out: &Output) ->
         let ratio = line
             .ratio
             .map_or_else(String::new, |ratio| if ratio < 0.1 { format!("{ratio:.4}") } else { format!("{ratio:.2}") });
-        table.row(vec![
+        let mut cells = vec![
             Cell::new(line.what),
             Cell::styled(line.tasks.to_string(), Style::Dim),
             Cell::new(rate(line.cycles_per_s)),
@@ -318,7 +391,11 @@ fn print(dsn: &str, args: &BenchArgs, measured: &[Measurement], out: &Output) ->
             Cell::styled(ratio, Style::Bold),
             time(line.p50_us),
             time(line.p99_us),
-        ]);
+        ];
+        if counted {
+            cells.push(Cell::new(line.trips.map_or_else(String::new, |trips| trips.to_string())));
+        }
+        table.row(cells);
     }
     table.print(out)?;
     Ok(())

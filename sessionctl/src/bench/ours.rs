@@ -16,9 +16,9 @@ use tower_sessions_file_store::FileSessionStorage;
 use crate::bench::Round;
 use crate::failure::Failure;
 
-const TTL: Duration = Duration::from_secs(3600);
+pub(super) const TTL: Duration = Duration::from_secs(3600);
 const WAIT: Duration = Duration::from_secs(10);
-const LEASE: Duration = Duration::from_secs(30);
+pub(super) const LEASE: Duration = Duration::from_secs(30);
 
 /// The bare handler: open, read, save.
 #[derive(Clone, Debug)]
@@ -136,7 +136,7 @@ impl PeerCycle {
     }
 }
 
-fn lost() -> Error {
+pub(super) fn lost() -> Error {
     Error::new(ErrorKind::Gone, "bench", "a session that was just stored is not there")
 }
 
@@ -146,7 +146,7 @@ fn peer_failed(error: tower_sessions_core::session_store::Error) -> Error {
 
 /// Runs `tasks` tasks for `length`. Each is a loop of cycles, as each thread of a plain program is: nothing but the cycles and one
 /// look at the clock between them is measured.
-async fn run<F>(tasks: usize, length: Duration, task_of: impl Fn(usize, Laps) -> F) -> Result<Round, Failure>
+pub(super) async fn run<F>(tasks: usize, length: Duration, task_of: impl Fn(usize, Laps) -> F) -> Result<Round, Failure>
 where
     F: Future<Output = session_core::Result<Round>> + Send + 'static,
 {
@@ -163,7 +163,7 @@ where
 }
 
 /// The clock of one task's loop.
-struct Laps {
+pub(super) struct Laps {
     start: Arc<Barrier>,
     alone: bool,
     length: Duration,
@@ -179,7 +179,7 @@ impl Laps {
     }
 
     /// Ends one cycle and says whether there is time for the next. The first waits until all tasks are there.
-    async fn next(&mut self) -> bool {
+    pub(super) async fn next(&mut self) -> bool {
         let Some(started) = self.started else {
             self.start.wait().await;
             self.before = Instant::now();
@@ -197,7 +197,7 @@ impl Laps {
         self.before < started + self.length
     }
 
-    fn round(self) -> Round {
+    pub(super) fn round(self) -> Round {
         Round { ran: (self.started.unwrap_or(self.before), self.before), waits: self.waits }
     }
 }

@@ -186,3 +186,33 @@ fn a_wrong_password_and_a_server_that_is_away_are_told_apart() {
     server.0.kill().unwrap();
     server.run("ls", &[]).refused(3, "cannot be reached");
 }
+
+#[test]
+fn cycles_are_measured_beside_the_bare_client_and_the_peer_and_their_round_trips_counted() {
+    let server = Server::new();
+    let lines = server.run("bench", &["--rounds", "1", "--round", "10ms", "--handovers", "3", "--json"]).objects();
+    let whats: Vec<_> = lines.iter().map(|line| (line["what"].as_str().unwrap(), line["tasks"].as_u64().unwrap())).collect();
+    let names = ["floor", "cycle", "session", "unlocked", "peer", "cycle_vs_unlocked", "session_vs_peer"];
+    let expected: Vec<_> = [1, 64].into_iter().flat_map(|tasks| names.iter().map(move |name| (*name, tasks))).collect();
+    assert_eq!(whats, [expected, vec![("handover_processes", 2), ("handover_tasks", 2)]].concat());
+    for line in &lines {
+        match line["what"].as_str().unwrap() {
+            "handover_processes" | "handover_tasks" => assert!(line["p50_us"].as_f64() > Some(0.0), "{line}"),
+            "cycle_vs_unlocked" | "session_vs_peer" => assert!(line["ratio"].as_f64() > Some(0.0), "{line}"),
+            // Two flights each: what is locked costs no more of them than what is not.
+            _ => assert!(line["cycles_per_s"].as_f64() > Some(0.0) && line["trips"] == json!(2), "{line}"),
+        }
+    }
+    assert_eq!(server.records(), 0);
+    let keys = server.0.command(&["KEYS", "*"]).unwrap();
+    assert!(keys.lines().all(|key| key.starts_with("session:sessionctl-bench-") && key.contains(":ours:")), "{keys}");
+}
+
+#[test]
+fn a_server_that_no_plain_program_knows_gets_cycles_and_hand_overs() {
+    let server = Server::new();
+    let dsn = format!("redis+unix://:{PASSWORD}@{}", server.0.socket_path().display());
+    let lines = run(&["bench", &dsn, "--rounds", "1", "--round", "5ms", "--handovers", "2", "--json"]).objects();
+    let whats: Vec<_> = lines.iter().map(|line| line["what"].as_str().unwrap()).collect();
+    assert_eq!(whats, ["cycle", "session", "cycle", "session", "handover_processes", "handover_tasks"]);
+}
