@@ -1,15 +1,18 @@
 //! Every developer command: what runs for `cargo xtask test`, `ci` and `bench`, and in which order.
 //!
 //! How a step is run and timed is in `step.rs`, what a machine must have in `tools.rs`, which features there are in
-//! `manifest.rs`. This program has no dependency, so that it is built in a second on a new machine.
+//! `manifest.rs`, the server of a bench in `server.rs`. This program has no dependency, so that it is built in a second on a new machine.
 
 mod manifest;
+mod server;
 mod step;
 mod tools;
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use server::Redis;
 use step::{Failure, Steps, cargo};
 use tools::CargoTool;
 
@@ -18,7 +21,8 @@ usage: cargo xtask <command>
 
   test   installs what the tests need and is missing, then runs every test and every doctest
   ci     fmt, clippy, test, docs, each feature alone, dependencies, advisories; needs nothing prepared
-  bench  [DSN...] [options of `sessionctl bench`]; without a DSN the file backend in a temporary directory, and memory";
+  bench  [DSN...] [options of `sessionctl bench`]; without a DSN the file backend in a temporary directory,
+         memory, and Redis on a server of its own";
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
@@ -91,12 +95,17 @@ fn audit(root: &Path) -> step::Command {
     }
 }
 
-/// Measures the stores that are named, or those that need no server.
+/// Measures the stores that are named, or one of each kind.
 fn bench(steps: &mut Steps, args: &[String]) -> Result<(), Failure> {
     let scratch = Scratch(std::env::temp_dir().join(format!("sessionkit-bench-{}", std::process::id())));
     let mut command = cargo("run --release --locked --quiet -p sessionctl -- bench");
+    // Lives until the bench is done.
+    let redis;
     if !args.iter().any(|arg| arg.contains("://")) {
-        command = command.arg(&format!("file://{}", scratch.0.display())).arg("memory://");
+        tools::install_debian_packages(steps, &["session-redis".into()])?;
+        let started = tools::find("redis-server").ok_or(io::ErrorKind::NotFound.into()).and_then(|path| Redis::start(&path));
+        redis = started.map_err(|error| Failure { step: format!("bench: {error}"), command: "redis-server".into() })?;
+        command = command.arg(&format!("file://{}", scratch.0.display())).arg("memory://").arg(&redis.dsn());
     }
     for arg in args {
         command = command.arg(arg);

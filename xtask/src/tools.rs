@@ -45,9 +45,7 @@ apt-get install --yes --no-install-recommends -o DPkg::Lock::Timeout=300 \"$@\""
 
 /// Installs the packages of the programs that are missing, if any.
 pub(crate) fn install_debian_packages(steps: &mut Steps, crates: &[String]) -> Result<(), Failure> {
-    let places = places();
-    let found = |name: &str| places.iter().any(|place| place.join(name).is_file());
-    let missing = missing(PROGRAMS, crates, found);
+    let missing = missing(PROGRAMS, crates, |name| find(name).is_some());
     if missing.is_empty() {
         return Ok(());
     }
@@ -61,6 +59,11 @@ pub(crate) fn install_debian_packages(steps: &mut Steps, crates: &[String]) -> R
         install = install.arg(package);
     }
     steps.run("packages", &install)
+}
+
+/// Returns where a program is.
+pub(crate) fn find(name: &str) -> Option<PathBuf> {
+    places().into_iter().map(|place| place.join(name)).find(|path| path.is_file())
 }
 
 /// Where programs are looked for: as the tests do it.
