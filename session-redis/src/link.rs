@@ -81,7 +81,7 @@ impl Failure {
             _ if error.details().is_some_and(|details| details.contains("DB index is out of range")) => {
                 (ErrorKind::Config, "the server has no database of this number; see its setting databases".into())
             }
-            // What a script may not do, in the words of version 7 and of version 6.
+            // What a script may not do, in the words of different versions.
             _ if error.details().is_some_and(|details| {
                 details.contains("ACL failure in script") || details.contains("user executing the script can't")
             }) =>
