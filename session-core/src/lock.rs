@@ -13,7 +13,8 @@ use async_trait::async_trait;
 use tokio::sync::Mutex;
 
 use crate::error::Result;
-use crate::id::{SessionId, fill_random};
+use crate::id::SessionId;
+use crate::record::WriteId;
 
 /// How to acquire.
 #[allow(clippy::exhaustive_structs, reason = "both fields decide what the lock must do")]
@@ -89,9 +90,8 @@ impl LeaseToken {
     /// # Errors
     /// [`Unavailable`](crate::ErrorKind::Unavailable) if the operating system has no randomness to give.
     pub fn random() -> Result<Self> {
-        let mut bytes = [0; 16];
-        fill_random(&mut bytes)?;
-        Ok(Self(bytes))
+        // It is as little a secret as the name of a write, and comes from the same source.
+        WriteId::random().map(|id| Self(id.to_bytes()))
     }
 
     /// Reads a token back from a store.

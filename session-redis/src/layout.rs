@@ -22,8 +22,6 @@ pub(crate) struct Keys {
     pub(crate) record: Box<str>,
     pub(crate) lock: Box<str>,
     pub(crate) queue: Box<str>,
-    /// What a Cluster goes by.
-    pub(crate) slot: u16,
 }
 
 impl Keys {
@@ -33,14 +31,13 @@ impl Keys {
 
     /// The keys beside a record's own.
     pub(crate) fn of(record: String) -> Self {
-        let tag = record.split_once('{').map_or("", |(_, tag)| tag.trim_end_matches('}'));
-        let slot = slot(tag.as_bytes());
-        Self {
-            lock: [&*record, LOCK].concat().into(),
-            queue: [&*record, QUEUE].concat().into(),
-            record: record.into(),
-            slot,
-        }
+        Self { lock: [&*record, LOCK].concat().into(), queue: [&*record, QUEUE].concat().into(), record: record.into() }
+    }
+
+    /// Returns the slot that a Cluster goes by.
+    pub(crate) fn slot(&self) -> u16 {
+        let tag = self.record.split_once('{').map_or("", |(_, tag)| tag.trim_end_matches('}'));
+        slot(tag.as_bytes())
     }
 
     /// Reads the id back from the key of a record.
@@ -182,7 +179,7 @@ mod tests {
         let keys = Keys::new("app:", &id);
         assert_eq!(&*keys.record, "app:{0123456789abcdefghijkl}");
         assert_eq!(&*keys.lock, "app:{0123456789abcdefghijkl}:lock");
-        assert_eq!(keys.slot, slot(id.as_str().as_bytes()));
+        assert_eq!(keys.slot(), slot(id.as_str().as_bytes()));
         assert_eq!(Keys::id("app:", &keys.record), Some(id));
         assert_eq!(Keys::id("app:", &keys.lock), None);
         assert_eq!(Keys::id("other:", &keys.record), None);

@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -210,6 +211,8 @@ pub(crate) struct Link {
     maker: Maker,
     timeouts: Timeouts,
     state: Mutex<State>,
+    /// How many time-outs there were since the last answer.
+    silences: AtomicU32,
     /// One attempt to connect at a time; whoever comes meanwhile shares its outcome.
     connecting: tokio::sync::Mutex<()>,
 }
@@ -219,14 +222,19 @@ struct State {
     connection: Option<MultiplexedConnection>,
     /// Which connection it is, so that a late failure of an old one does not end the new.
     generation: u64,
-    silences: u32,
     /// After a failed attempt: until when nobody tries again, and after what pause.
     rest: Option<(Instant, Duration)>,
 }
 
 impl Link {
     pub(crate) fn new(maker: Maker, timeouts: Timeouts) -> Self {
-        Self { maker, timeouts, state: Mutex::default(), connecting: tokio::sync::Mutex::default() }
+        Self {
+            maker,
+            timeouts,
+            state: Mutex::default(),
+            silences: AtomicU32::new(0),
+            connecting: tokio::sync::Mutex::default(),
+        }
     }
 
     pub(crate) fn maker(&self) -> &Maker {
@@ -244,9 +252,14 @@ impl Link {
     }
 
     async fn connection(&self) -> Result<(u64, MultiplexedConnection), Failure> {
-        if let Some(current) = self.current() {
-            return Ok(current);
+        match self.current() {
+            Some(current) => Ok(current),
+            // On the heap, so that whoever finds a connection does not carry the room for making one.
+            None => Box::pin(self.replace()).await,
         }
+    }
+
+    async fn replace(&self) -> Result<(u64, MultiplexedConnection), Failure> {
         let _one = self.connecting.lock().await;
         if let Some(current) = self.current() {
             return Ok(current);
@@ -266,8 +279,8 @@ impl Link {
                 let mut state = self.state();
                 state.generation += 1;
                 state.connection = Some(connection.clone());
-                state.silences = 0;
                 state.rest = None;
+                self.silences.store(0, Ordering::Relaxed);
                 Ok((state.generation, connection))
             }
             Err(failure) => {
@@ -304,9 +317,9 @@ impl Link {
     fn silent(&self, generation: u64) {
         let mut state = self.state();
         if state.generation == generation {
-            state.silences += 1;
+            let silences = self.silences.fetch_add(1, Ordering::Relaxed) + 1;
             // Where the address can change, silence is a reason to ask for it again.
-            if state.silences >= SILENCES || matches!(self.maker, Maker::Sentinel(_)) {
+            if silences >= SILENCES || matches!(self.maker, Maker::Sentinel(_)) {
                 state.connection = None;
             }
         }
@@ -320,9 +333,8 @@ impl Link {
                 if answers.iter().any(|answer| matches!(error_kind(answer), Some(ServerErrorKind::ReadOnly))) {
                     self.discard(generation);
                 }
-                let mut state = self.state();
-                if state.silences > 0 && state.generation == generation {
-                    state.silences = 0;
+                if self.silences.load(Ordering::Relaxed) > 0 && self.state().generation == generation {
+                    self.silences.store(0, Ordering::Relaxed);
                 }
                 Ok(answers)
             }

@@ -83,7 +83,7 @@ impl SessionLock for RedisLock {
         }
         let flight = |whole: bool| {
             let calls = leases.iter().zip(&calls);
-            calls.map(|(lease, (keys, protects))| (keys.slot, self.call(lease, *protects, keys, whole))).collect()
+            calls.map(|(lease, (keys, protects))| (keys.slot(), self.call(lease, *protects, keys, whole))).collect()
         };
         let mut answers = self.store.ask_many(flight(false)).await;
         if answers.iter().flatten().any(|answer| error_kind(answer) == Some(ServerErrorKind::NoScript)) {

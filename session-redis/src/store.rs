@@ -154,7 +154,8 @@ impl Store {
     async fn ask_once(&self, keys: &Keys, commands: &Pipeline) -> Result<Vec<Value>, Failure> {
         match &*self.servers {
             Servers::One { link, .. } => link.ask(commands).await,
-            Servers::Cluster(cluster) => cluster.ask(keys.slot, commands).await,
+            // On the heap, so that whoever has one server does not carry the room for it.
+            Servers::Cluster(cluster) => Box::pin(cluster.ask(keys.slot(), commands)).await,
         }
     }
 
@@ -220,42 +221,49 @@ impl Store {
     }
 
     async fn change_once(&self, keys: &Keys, call: Cmd) -> Result<Value, Failure> {
-        let node;
-        let replicas = match &*self.servers {
-            Servers::One { replicas, .. } => replicas.as_ref(),
-            Servers::Cluster(cluster) if self.config.wait_replicas > 0 => {
-                node = cluster.owner(keys.slot).await?;
-                node.replicas.as_ref()
+        if self.config.wait_replicas > 0 {
+            return Box::pin(self.change_on_replicas(keys, call)).await;
+        }
+        let mut commands = Pipeline::with_capacity(1);
+        commands.add_command(call);
+        only(self.ask_once(keys, &commands).await?)
+    }
+
+    async fn change_on_replicas(&self, keys: &Keys, call: Cmd) -> Result<Value, Failure> {
+        let (node, replicas);
+        let cluster = match &*self.servers {
+            Servers::One { replicas: one, .. } => {
+                replicas = one.as_ref();
+                None
             }
-            Servers::Cluster(_) => None,
+            Servers::Cluster(cluster) => {
+                node = cluster.owner(keys.slot()).await?;
+                replicas = node.replicas.as_ref();
+                Some(cluster)
+            }
         };
-        let Some(replicas) = replicas else {
-            let mut commands = Pipeline::with_capacity(1);
-            commands.add_command(call);
-            return only(self.ask_once(keys, &commands).await?);
-        };
-        match replicas.ask(call).await {
-            Ok((answer, have)) => {
-                if let (Servers::Cluster(cluster), Some(ServerErrorKind::Moved | ServerErrorKind::Ask)) =
-                    (&*self.servers, error_kind(&answer))
-                {
+        let replicas = replicas.ok_or_else(|| Failure::unexpected("a server without a connection for its replicas"))?;
+        let asked = replicas.ask(call).await;
+        if let Some(cluster) = cluster {
+            let moved = |answer: &Value| matches!(error_kind(answer), Some(ServerErrorKind::Moved | ServerErrorKind::Ask));
+            match &asked {
+                Ok((answer, _)) if moved(answer) => {
                     let _ = cluster.refresh().await;
                     return Err(Failure::uncovered());
                 }
-                // What was refused is in force nowhere, so there is nothing to wait for.
-                let applied = matches!(&answer, Value::Int(1..)) || matches!(&answer, Value::Array(_));
-                if applied && have < i64::from(replicas.wanted()) {
-                    return Err(Failure::too_few(have, replicas.wanted()));
-                }
-                Ok(answer)
-            }
-            Err(failure) => {
-                if let Servers::Cluster(cluster) = &*self.servers {
+                Ok(_) => {}
+                Err(_) => {
                     let _ = cluster.refresh().await;
                 }
-                Err(failure)
             }
         }
+        let (answer, have) = asked?;
+        // What was refused is in force nowhere, so there is nothing to wait for.
+        let applied = matches!(&answer, Value::Int(1..)) || matches!(&answer, Value::Array(_));
+        if applied && have < i64::from(replicas.wanted()) {
+            return Err(Failure::too_few(have, replicas.wanted()));
+        }
+        Ok(answer)
     }
 
     /// Sends one command each for many sessions, in one flight to each server.
@@ -300,7 +308,8 @@ impl Store {
     /// Reads a record as it is now.
     pub(crate) async fn look(&self, keys: &Keys) -> Result<(Body, i64), Failure> {
         let mut commands = Pipeline::with_capacity(2);
-        commands.cmd("GET").arg(&*keys.record).cmd("PTTL").arg(&*keys.record);
+        commands.add_command(command(&[b"GET", keys.record.as_bytes()]));
+        commands.add_command(command(&[b"PTTL", keys.record.as_bytes()]));
         let [body, left] = answers(self.ask(keys, &commands).await?)?;
         look_at(body, &left)
     }
@@ -324,10 +333,12 @@ impl Store {
         let value = self.lock_value(&text, lease);
         let lease_ms = millis(lease);
         let mut commands = Pipeline::with_capacity(4);
-        commands.cmd("SET").arg(&*keys.lock).arg(&value).arg("NX").arg("PX").arg(lease_ms);
-        commands.cmd("EXISTS").arg(&*keys.queue);
+        let lease_text = lease_ms.to_string();
+        commands.add_command(command(&[b"SET", keys.lock.as_bytes(), &value, b"NX", b"PX", lease_text.as_bytes()]));
+        commands.add_command(command(&[b"EXISTS", keys.queue.as_bytes()]));
         if want != Want::Lock {
-            commands.cmd("GET").arg(&*keys.record).cmd("PTTL").arg(&*keys.record);
+            commands.add_command(command(&[b"GET", keys.record.as_bytes()]));
+            commands.add_command(command(&[b"PTTL", keys.record.as_bytes()]));
         }
         let mut attempt = Attempt { store: self, keys: &keys, token: text, armed: true };
         let asked = self.ask_twice(&keys, &commands).await.map_err(|failure| {
@@ -357,7 +368,7 @@ impl Store {
                 return Ok((token, value, Granted::Locked { body, left, clean: false }));
             }
             // It would end before the hold does.
-            let renewed = self.run(&keys, &self.scripts.renew, &[&text, lease_ms.to_string().as_bytes(), b"1"]).await;
+            let renewed = Box::pin(self.run(&keys, &self.scripts.renew, &[&text, lease_text.as_bytes(), b"1"])).await;
             match renewed.and_then(|answer| int(&answer)) {
                 Ok(1) => {
                     left = 2 * lease_ms;
@@ -372,7 +383,8 @@ impl Store {
                 }
             }
         }
-        let granted = self.queue_up(operation, &mut attempt, want, wait, lease, &value, began).await?;
+        // On the heap, so that whoever need not wait does not carry the room for it.
+        let granted = Box::pin(self.queue_up(operation, &mut attempt, want, wait, lease, &value, began)).await?;
         Ok((token, value, granted))
     }
 
@@ -560,7 +572,7 @@ struct Attempt<'a> {
 impl Attempt<'_> {
     async fn give_up(&mut self) {
         // What fails is tried again behind the caller's back.
-        self.armed = self.store.release_once(self.keys, self.token, true).await.is_err();
+        self.armed = Box::pin(self.store.release_once(self.keys, self.token, true)).await.is_err();
     }
 }
 
@@ -689,6 +701,15 @@ pub(crate) fn array(answer: Value) -> Result<Vec<Value>, Failure> {
         Value::ServerError(error) => Err(Failure::refused(&error)),
         _ => Err(Failure::unexpected("a list came as something else")),
     }
+}
+
+/// Makes a command in as much room as it takes.
+fn command(words: &[&[u8]]) -> Cmd {
+    let mut command = Cmd::with_capacity(words.len(), words.iter().map(|word| word.len()).sum());
+    for word in words {
+        command.arg(*word);
+    }
+    command
 }
 
 fn only(answers: Vec<Value>) -> Result<Value, Failure> {

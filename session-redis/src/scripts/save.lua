@@ -6,7 +6,7 @@
 local value, body, how = ARGV[1], ARGV[4], ARGV[5]
 local token, prev, id = string.sub(value, 1, 32), string.sub(ARGV[2], 5), string.sub(body, 5, HEADER)
 local owner = redis.call('GET', LOCK)
-local head = redis.call('GETRANGE', RECORD, 0, HEADER - 1)
+local head = redis.call('GETRANGE', RECORD, '0', HEADER - 1)
 local waiting = redis.call('LLEN', QUEUE)
 local own = is_of(owner, token)
 local basis, exclusive, writes, keeps =
