@@ -1,7 +1,7 @@
 //! Every case of the suite on the other ways to have a Redis: a Cluster, sentinels, TLS, a socket, a server that waits for replicas.
 //!
 //! One server for all cases of a test, since a cluster takes seconds to come up; what failed is listed by name. The cases with
-//! several processes run on the plain server, in `conformance`.
+//! several processes and those that count round trips run on the plain server, in `conformance`.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -9,16 +9,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use conformance_tests::servers::{Redis, RedisCluster, RedisSentinel};
-use conformance_tests::{Harness, cases, run_case};
+use conformance_tests::{DynHarness, Harness, cases, claims, run_case};
 use session_core::{Dsn, Result, SessionHandler, SessionLock};
 use session_redis::{RedisConfig, RedisHandler, RedisLock};
 use tokio::task::JoinSet;
 
 /// How many cases run at the same time: most of them wait for time to pass.
 const AT_ONCE: usize = 6;
-
-/// The suite whose cases start processes.
-const PROCESSES: &str = "processes";
 
 struct At {
     dsn: String,
@@ -54,9 +51,10 @@ impl Harness for At {
 
 async fn every_case(dsn: String) {
     let strict_expiry = dsn.contains("strict_expiry=on");
-    let harness = Arc::new(At { dsn, strict_expiry });
+    let harness: Arc<dyn DynHarness> = Arc::new(At { dsn, strict_expiry });
+    let suites = claims(&*harness).await.unwrap();
     let (mut running, mut failed, mut passed) = (JoinSet::new(), Vec::new(), 0);
-    let mut waiting = cases().iter().filter(|case| case.suite() != PROCESSES);
+    let mut waiting = cases().iter().filter(|case| suites.contains(&case.suite()));
     loop {
         while running.len() < AT_ONCE {
             let Some(case) = waiting.next() else { break };
