@@ -89,10 +89,17 @@ where
 }
 
 /// A proxy with a handler behind it that is connected, and the same server without a proxy.
-async fn pair(options: &str) -> (Arc<Proxy>, RedisHandler, RedisHandler) {
+async fn pair() -> (Arc<Proxy>, RedisHandler, RedisHandler) {
     let proxy = proxy(server()).await;
-    let (handler, other) = (through(&proxy, options).await, on(server()).await);
+    let (handler, other) = (through(&proxy).await, on(server()).await);
     proxy.reset_counters();
+    (Arc::new(proxy), handler, other)
+}
+
+/// The same with a handler that does not wait long.
+async fn hasty_pair() -> (Arc<Proxy>, RedisHandler, RedisHandler) {
+    let proxy = proxy(server()).await;
+    let (handler, other) = (hasty(&proxy).await, on(server()).await);
     (Arc::new(proxy), handler, other)
 }
 
@@ -118,7 +125,7 @@ async fn repeated(opened: &mut Opened, data: &str, id: WriteId) -> Result<Writte
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_open_cut_after_every_byte_is_a_good_session_or_unavailable_and_keeps_nobody_out() {
-    let (proxy, handler, other) = pair("").await;
+    let (proxy, handler, other) = pair().await;
     let id = session(&other, "old").await;
     let mut opened = open(&handler, &id, exclusive()).await;
     let flight = Flight::of(&proxy);
@@ -126,7 +133,7 @@ async fn an_open_cut_after_every_byte_is_a_good_session_or_unavailable_and_keeps
     assert!(flight.request > 100 && flight.reply > 20, "that was no open");
 
     let outcomes = sweep(flight.cuts(), |cut| async move {
-        let (proxy, handler, other) = pair("").await;
+        let (proxy, handler, other) = pair().await;
         let id = session(&other, "old").await;
         cut.arm(&proxy);
         let outcome = handler.open(&id, &exclusive()).await;
@@ -155,7 +162,7 @@ async fn an_open_cut_after_every_byte_is_a_good_session_or_unavailable_and_keeps
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_save_cut_after_every_byte_counts_once_or_not_yet_and_ends_the_lock() {
-    let (proxy, handler, other) = pair("").await;
+    let (proxy, handler, other) = pair().await;
     let id = session(&other, "old").await;
     let opened = open(&handler, &id, exclusive()).await;
     proxy.reset_counters();
@@ -164,7 +171,7 @@ async fn a_save_cut_after_every_byte_counts_once_or_not_yet_and_ends_the_lock() 
     assert!(flight.request > 100 && flight.reply == 4, "that was no save");
 
     let outcomes = sweep(flight.cuts(), |cut| async move {
-        let (proxy, handler, other) = pair("").await;
+        let (proxy, handler, other) = pair().await;
         let id = session(&other, "old").await;
         let mut opened = open(&handler, &id, exclusive()).await;
         let write = wid();
@@ -205,7 +212,7 @@ async fn a_save_cut_after_every_byte_counts_once_or_not_yet_and_ends_the_lock() 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_refused_repeat_of_an_unanswered_save_is_unknown_and_changes_nothing() {
-    let (proxy, handler, other) = pair("").await;
+    let (proxy, handler, other) = pair().await;
     let id = session(&other, "old").await;
     let opened = open(&handler, &id, exclusive()).await;
     proxy.reset_counters();
@@ -215,7 +222,7 @@ async fn a_refused_repeat_of_an_unanswered_save_is_unknown_and_changes_nothing()
     let cuts = flight.cuts().filter(|cut| cut.twice && (cut.delivers() || cut.at.is_multiple_of(16)));
 
     let outcomes = sweep(cuts, |cut| async move {
-        let (proxy, handler, other) = pair("").await;
+        let (proxy, handler, other) = pair().await;
         let id = session(&other, "old").await;
         // A lease that ends, for the cases in which the save never arrived.
         let mut opened = open(&handler, &id, briefly(Duration::from_millis(400))).await;
@@ -242,10 +249,9 @@ async fn a_refused_repeat_of_an_unanswered_save_is_unknown_and_changes_nothing()
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_open_whose_answer_comes_too_late_is_withdrawn() {
-    let (proxy, handler, other) = pair("timeout=150ms").await;
+    let (proxy, handler, other) = hasty_pair().await;
     let id = session(&other, "old").await;
-    let late = Duration::from_millis(400);
-    proxy.delay(Direction::ToClient, late, late);
+    proxy.delay(Direction::ToClient, 2 * SHORT, 2 * SHORT);
     assert_eq!(kind(handler.open(&id, &exclusive()).await), ErrorKind::Unavailable);
     // It was not refused: the lock was taken, and the answer is still under way.
     next_finds(&other, &id, "old", "after an open that nobody waits for any more").await;
@@ -255,7 +261,7 @@ async fn an_open_whose_answer_comes_too_late_is_withdrawn() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_open_that_no_answer_comes_to_is_withdrawn_also_from_the_queue() {
-    let (proxy, handler, other) = pair("timeout=150ms").await;
+    let (proxy, handler, other) = hasty_pair().await;
     let id = session(&other, "old").await;
     let holder = open(&other, &id, exclusive()).await;
     let waiter = tokio::spawn({
@@ -273,11 +279,11 @@ async fn an_open_that_no_answer_comes_to_is_withdrawn_also_from_the_queue() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_save_whose_answer_comes_too_late_is_unknown_and_its_repeat_finds_it() {
-    let (proxy, handler, other) = pair("timeout=150ms").await;
+    let (proxy, handler, other) = hasty_pair().await;
     let id = session(&other, "old").await;
     let mut opened = open(&handler, &id, exclusive()).await;
-    let (write, late) = (wid(), Duration::from_millis(400));
-    proxy.delay(Direction::ToClient, late, late);
+    let write = wid();
+    proxy.delay(Direction::ToClient, 2 * SHORT, 2 * SHORT);
     assert_eq!(kind(opened.save(&write_of("new"), write).await), ErrorKind::Unknown);
     assert_eq!(look(&other, &id).await.as_deref(), Some("new"));
     proxy.heal();
@@ -288,7 +294,7 @@ async fn a_save_whose_answer_comes_too_late_is_unknown_and_its_repeat_finds_it()
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_save_whose_answer_is_lost_counts_once() {
-    let (proxy, handler, other) = pair("timeout=150ms").await;
+    let (proxy, handler, other) = hasty_pair().await;
     let id = session(&other, "old").await;
     let mut opened = open(&handler, &id, exclusive()).await;
     let write = wid();
@@ -302,7 +308,7 @@ async fn a_save_whose_answer_is_lost_counts_once() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_create_whose_answer_is_lost_counts_once() {
-    let (proxy, handler, other) = pair("timeout=150ms").await;
+    let (proxy, handler, other) = hasty_pair().await;
     for keeps in [false, true] {
         let id = new_id();
         let mut opened = open(&handler, &id, exclusive().expecting(Expect::Fresh)).await;
@@ -326,7 +332,7 @@ async fn a_create_whose_answer_is_lost_counts_once() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_late_copy_of_a_first_write_does_not_undo_the_second() {
     for hold in [Hold::Copy, Hold::Instead] {
-        let (proxy, handler, other) = pair("").await;
+        let (proxy, handler, other) = pair().await;
         let id = session(&other, "old").await;
         let mut opened = open(&handler, &id, exclusive()).await;
         let mut held = proxy.hold_request("first", hold);
@@ -345,7 +351,7 @@ async fn a_late_copy_of_a_first_write_does_not_undo_the_second() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_late_copy_of_an_open_takes_no_lock_for_longer_than_its_lease() {
-    let (proxy, handler, other) = pair("").await;
+    let (proxy, handler, other) = pair().await;
     let id = session(&other, "old").await;
     let mut held = proxy.hold_request("EXISTS", Hold::Copy);
     let opened = open(&handler, &id, briefly(Duration::from_millis(300))).await;
@@ -358,7 +364,7 @@ async fn a_late_copy_of_an_open_takes_no_lock_for_longer_than_its_lease() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_destroy_whose_answer_is_lost_is_done_and_a_late_copy_of_a_create_does_not_undo_it() {
-    let (proxy, handler, other) = pair("timeout=150ms").await;
+    let (proxy, handler, other) = hasty_pair().await;
     // From here on the server knows the script, and the lost answer is one of a script that ran.
     open(&other, &new_id(), OpenRequest::destroy()).await.destroy().await.expect("the server answers");
     let id = session(&other, "old").await;
@@ -384,7 +390,7 @@ async fn a_destroy_whose_answer_is_lost_is_done_and_a_late_copy_of_a_create_does
 
 /// Ours are opened through the proxy, theirs beside it.
 async fn two_sessions(proxy: &Proxy) -> (Sessions, Sessions, SessionId) {
-    let ours = Sessions::new(Arc::new(through(proxy, "timeout=400ms").await)).unwrap();
+    let ours = Sessions::new(Arc::new(hasty(proxy).await)).unwrap();
     let theirs = Sessions::new(Arc::new(on(server()).await)).unwrap();
     let mut session = theirs.create().unwrap();
     session.insert("log", &vec!["created"]).unwrap();
@@ -402,7 +408,7 @@ async fn add(sessions: Sessions, id: SessionId, word: String) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_update_whose_answer_comes_too_late_runs_its_closure_once_whoever_came_between() {
-    const LATE: Duration = Duration::from_millis(600);
+    const LATE: Duration = SHORT.saturating_add(Duration::from_millis(200));
     let proxy = Arc::new(proxy(server()).await);
     for between in [false, true] {
         let (ours, theirs, id) = two_sessions(&proxy).await;
@@ -446,7 +452,7 @@ async fn an_update_whose_answer_comes_too_late_runs_its_closure_once_whoever_cam
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_open_is_one_flight_a_save_is_one_and_a_view_is_one() {
-    let (proxy, handler, other) = pair("").await;
+    let (proxy, handler, other) = pair().await;
     let id = session(&handler, "old").await;
     let trips = |n: u64, what: &str| {
         assert_eq!(proxy.round_trips(), n, "{what}");
@@ -485,7 +491,7 @@ async fn an_open_is_one_flight_a_save_is_one_and_a_view_is_one() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_leases_are_renewed_in_one_flight() {
-    let (proxy, handler, other) = pair("").await;
+    let (proxy, handler, other) = pair().await;
     let mut held = Vec::new();
     for _ in 0..100 {
         let id = session(&handler, "old").await;

@@ -16,7 +16,7 @@ use support::*;
 
 /// A handler that does not wait long for an answer.
 async fn impatient(redis: &Redis) -> RedisHandler {
-    connect(&format!("{}?timeout=200ms", redis.url())).await.unwrap()
+    connect(&format!("{}?timeout={}ms", redis.url(), SHORT.as_millis())).await.unwrap()
 }
 
 fn exists(redis: &Redis, key: &str) -> bool {

@@ -205,7 +205,7 @@ async fn a_wake_up_that_is_lost_with_its_connection_keeps_nobody_asleep() {
 async fn a_wake_up_that_is_lost_on_its_way_costs_one_sleep() {
     let redis = start(&[]);
     let proxy = proxy(&redis).await;
-    let (handler, other) = (on(&redis).await, through(&proxy, "").await);
+    let (handler, other) = (on(&redis).await, through(&proxy).await);
     let id = session(&handler, "old").await;
     let holder = open(&handler, &id, exclusive()).await;
     let waiter = waiting(&other, &id, exclusive());
@@ -238,11 +238,11 @@ async fn dead_waiters_at_the_head() {
     let grave = proxy(&redis).await;
     let (handler, newcomers) = (on(&redis).await, on(&redis).await);
     let id = session(&handler, "old").await;
-    let holder = open(&through(&grave, "").await, &id, briefly(LEASE)).await;
+    let holder = open(&through(&grave).await, &id, briefly(LEASE)).await;
     let mut dead = Vec::new();
     for place in 1..=3 {
         let waits_long = OpenRequest::exclusive(Duration::from_secs(60), Duration::from_secs(60));
-        dead.push(waiting(&through(&grave, "timeout=60s").await, &id, waits_long));
+        dead.push(waiting(&through(&grave).await, &id, waits_long));
         queued(&redis, &id, place).await;
     }
     // As if their machine stood still: the server hears nothing, and takes them for listeners.
@@ -393,7 +393,7 @@ async fn sessions_renew_a_hundred_leases_together_and_keep_them() {
     let redis = start(&[]);
     let proxy = proxy(&redis).await;
     let lease = Duration::from_secs(3);
-    let sessions = Sessions::builder(Arc::new(through(&proxy, "").await)).lease(lease).build().unwrap();
+    let sessions = Sessions::builder(Arc::new(through(&proxy).await)).lease(lease).build().unwrap();
     let mut ids = Vec::new();
     for _ in 0..100 {
         let mut session = sessions.create().unwrap();

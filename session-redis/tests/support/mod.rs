@@ -41,9 +41,12 @@ pub(crate) async fn connect(dsn: &str) -> Result<RedisHandler> {
     RedisHandler::connect(RedisConfig::from_dsn(&dsn)?).await
 }
 
+/// What a busy machine needs to connect and to answer; no test waits for it to pass.
+const PATIENT: &str = "connect_timeout=20s&timeout=20s";
+
 /// A handler on a server.
 pub(crate) async fn on(redis: &Redis) -> RedisHandler {
-    connect(&redis.url()).await.expect("the server answers")
+    connect(&format!("{}?{PATIENT}", redis.url())).await.expect("the server answers")
 }
 
 /// A proxy before a server.
@@ -51,9 +54,18 @@ pub(crate) async fn proxy(redis: &Redis) -> Proxy {
     Proxy::start(redis.address().to_string()).await.expect("a port is free")
 }
 
-/// A handler behind a proxy, with these options.
-pub(crate) async fn through(proxy: &Proxy, options: &str) -> RedisHandler {
-    connect(&format!("redis://{}/0?{options}", proxy.address())).await.expect("the proxy lets everything pass")
+/// A handler behind a proxy.
+pub(crate) async fn through(proxy: &Proxy) -> RedisHandler {
+    connect(&format!("redis://{}/0?{PATIENT}", proxy.address())).await.expect("the proxy lets everything pass")
+}
+
+/// How long a handler waits for an answer that a test keeps back.
+pub(crate) const SHORT: Duration = Duration::from_millis(400);
+
+/// A handler behind a proxy that waits no longer than [`SHORT`].
+pub(crate) async fn hasty(proxy: &Proxy) -> RedisHandler {
+    let dsn = format!("redis://{}/0?connect_timeout=20s&timeout={}ms", proxy.address(), SHORT.as_millis());
+    connect(&dsn).await.expect("the proxy lets everything pass")
 }
 
 pub(crate) fn new_id() -> SessionId {
