@@ -34,7 +34,7 @@ use crate::store::run;
 const TICK: Duration = Duration::from_millis(50);
 /// How soon a waiter looks again who was woken and found the lock still taken.
 const GLANCE: Duration = Duration::from_millis(2);
-/// After this many looks in a row without news, a waiter tries although others came first: the first may be stopped.
+/// After this many looks in a row without news, a waiter may get in although others came first: the first may be stopped.
 const PATIENCE: u32 = 3;
 /// Where the tickets begin.
 const TICKETS: i64 = 1 << 62;
@@ -74,12 +74,15 @@ where
         let news = watch.subscribe(&file);
         mark(&file);
         let (mut quiet, mut tick) = (0, TICK);
+        let mut idle = false;
         loop {
             // Listening starts before trying: a release in between is not missed.
             let mut woken = std::pin::pin!(news.listen());
             woken.as_mut().enable();
             let first = ticket.as_ref().is_none_or(|ticket| ticket.is_first(&file));
-            if first || quiet >= PATIENCE {
+            // Whoever is not first and finds the lock free leaves it to the first for one more tick: he may be on his way.
+            let passes = !first && quiet >= PATIENCE && std::mem::replace(&mut idle, is_idle(&file));
+            if first || passes {
                 let attempt = attempt.clone();
                 match run(io, false, move || attempt(file)).await?? {
                     Attempt::Done(done) => return Ok(Ok(done)),
@@ -99,7 +102,10 @@ where
             }
             (quiet, tick) = match timeout_at(until.min(now + tick), woken).await {
                 // The kernel tells of a killed holder's file a moment before it gives up the lock.
-                Ok(()) => (0, GLANCE),
+                Ok(()) => {
+                    idle = false;
+                    (0, GLANCE)
+                }
                 Err(_) => (quiet + 1, TICK),
             };
         }
@@ -134,6 +140,12 @@ impl Ticket {
     fn is_first(&self, file: &File) -> bool {
         self.0 == TICKETS || !taken(file, TICKETS, self.0 - TICKETS)
     }
+}
+
+/// Whether nobody has the lock of `file` at this moment.
+fn is_idle(file: &File) -> bool {
+    // There is no way to ask without taking it for an instant. If that meets somebody else's try, he looks again in a moment.
+    file.try_lock().is_ok_and(|()| file.unlock().is_ok())
 }
 
 /// Whether anybody stands in line for `file`, apart from `file` itself.
