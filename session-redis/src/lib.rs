@@ -32,6 +32,12 @@
 //! evalsha script|load del time publish subscribe llen lrange lpop rpush lrem lset scan wait`, for a database other than 0 `select`,
 //! and in a Cluster `cluster|slots asking`.
 //!
+//! # Trips
+//!
+//! One to open and read, one to save and close, one for a view, none to open a fresh id, one for a logout. Whoever has to wait makes
+//! one more, to come for the lock that he was told of. An absent id costs two: the lock is asked for in the same flight as the record,
+//! and given back when there is none.
+//!
 //! # Silence
 //!
 //! A request that is not answered within `timeout` is [`Unavailable`](session_core::ErrorKind::Unavailable) if it was an open, which

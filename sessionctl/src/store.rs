@@ -59,7 +59,7 @@ pub(crate) enum Place {
     Memory,
     /// A fresh directory inside the given one, removed when this is dropped.
     Directory(TempDir, FileDsn),
-    /// A prefix of its own on a server; what is stored under it is removed with [`sweep`].
+    /// A prefix of its own on a server; what is stored under it is removed with [`Stores::sweep`].
     Prefix(ServerDsn),
 }
 
