@@ -79,7 +79,7 @@ fn ci(steps: &mut Steps, root: &Path) -> Result<(), Failure> {
     // Asked for by name only: nobody mends it any more. See deny.toml.
     steps.prints_nothing("no bincode by default", &cargo("tree --workspace --edges normal --invert bincode --locked"))?;
     tools::install_cargo_tool(steps, CargoTool::Deny)?;
-    steps.run("deny", &cargo("deny --locked check bans licenses sources"))?;
+    steps.run("deny", &cargo("deny --workspace --locked check bans licenses sources"))?;
     tools::install_cargo_tool(steps, CargoTool::Audit)?;
     steps.run("audit", &audit(root))
 }
