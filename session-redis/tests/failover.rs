@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use conformance_tests::servers::{RedisCluster, RedisSentinel};
-use session_core::{Change, Dsn, ErrorKind, OpenRequest, Record, SessionHandler, SessionId, Ttl, WriteId};
+use session_core::{Change, Dsn, OpenRequest, Record, SessionHandler, SessionId, Ttl, WriteId};
 use session_redis::{RedisConfig, RedisHandler};
 
 const HANDLERS: usize = 4;
@@ -53,13 +53,14 @@ fn numbers(record: &Record) -> Vec<u64> {
 }
 
 async fn create(handler: &RedisHandler, id: &SessionId) {
+    let request = OpenRequest::exclusive(Duration::ZERO, Duration::from_secs(1)).expecting(session_core::Expect::Fresh);
+    let mut opening = handler.open(id, &request).await.unwrap();
+    let (first, write) = (Change::Write(Record::new(0_u64.to_le_bytes(), TTL)), WriteId::random().unwrap());
     for _ in 0..100 {
-        let request = OpenRequest::exclusive(Duration::ZERO, Duration::from_secs(1)).expecting(session_core::Expect::Fresh);
-        let mut opening = handler.open(id, &request).await.unwrap();
-        let first = Change::Write(Record::new(0_u64.to_le_bytes(), TTL));
-        match opening.save(&first, WriteId::random().unwrap()).await {
+        // A replica that has not joined yet makes it unknown; what is there already is told by its name.
+        match opening.save(&first, write).await {
             Ok(_) => return,
-            Err(error) if error.kind() == ErrorKind::Unknown => tokio::time::sleep(Duration::from_millis(100)).await,
+            Err(error) if error.kind().keeps_opening() => tokio::time::sleep(Duration::from_millis(100)).await,
             Err(error) => panic!("{error:?}"),
         }
     }
