@@ -28,6 +28,8 @@ use crate::store::Store;
 pub(crate) const SMALL: usize = 64 << 10;
 /// How often an opener starts over because files come and go under the name.
 const OPEN_AGAIN: u32 = 1000;
+/// How often whoever created a file tries to lock it before somebody else has it.
+const LOOKS: u32 = 100;
 
 /// An open session file whose lock is ours, until it is dropped.
 #[derive(Debug)]

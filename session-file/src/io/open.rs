@@ -10,7 +10,7 @@ use session_core::{Error, ErrorKind, Record, Result, SessionId, Ttl, WriteId};
 
 use super::claim::{Claim, stamp};
 use super::read::{Content, load};
-use super::{OPEN_AGAIN, SessionFile};
+use super::{LOOKS, OPEN_AGAIN, SessionFile};
 use crate::dir::{Plain, fault, stat};
 use crate::store::{Store, now};
 use crate::wait::{self, Attempt};
@@ -158,11 +158,16 @@ impl SessionFile {
         let name = store.dir.name(id);
         for _ in 0..OPEN_AGAIN {
             let Some(file) = store.dir.create_file(&name, OP)? else { return Ok(None) };
-            // Somebody may have found the file between these two calls; a collector takes it away, anybody else has it then.
-            let Ok(file) = Claim::take(file, OP)? else { return Ok(None) };
+            // Somebody may have found the file between these two calls. Whoever only looks, such as another creator of the same id,
+            // is through in microseconds; a collector takes it away; anybody else has it then.
+            let Some(file) = claim_soon(file, OP)? else { return Ok(None) };
             let stat = stat(&*file).map_err(|cause| fault(OP, cause))?;
             if stat.links == 0 {
                 continue;
+            }
+            if stat.size > 0 {
+                // Whoever had it wrote.
+                return Ok(None);
             }
             let since = now();
             stamp(&file, since);
@@ -184,6 +189,22 @@ impl SessionFile {
         }
         Err(Error::new(ErrorKind::Unavailable, OP, "a new session file was taken away again and again"))
     }
+}
+
+/// Takes the lock of a file that nobody can want to keep yet.
+fn claim_soon(mut file: File, op: &'static str) -> Result<Option<Claim>> {
+    for look in 0..LOOKS {
+        file = match Claim::take(file, op)? {
+            Ok(claim) => return Ok(Some(claim)),
+            Err(file) => file,
+        };
+        if look < LOOKS / 2 {
+            std::thread::yield_now();
+        } else {
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+    Ok(None)
 }
 
 fn taken_by_another_user(op: &'static str) -> Error {
