@@ -14,6 +14,7 @@ mod handler;
 mod hash_ids;
 mod id;
 mod janitor;
+pub mod leased;
 mod lock;
 mod locked;
 mod memory;

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use redis::aio::MultiplexedConnection;
 use redis::sentinel::SentinelClient;
 use redis::{AsyncConnectionConfig, Client, Pipeline, RedisError, ServerError, ServerErrorKind, Value};
+use session_core::leased::Failed;
 use session_core::{Error, ErrorKind};
 
 /// The first and the longest pause after an attempt to connect that failed.
@@ -175,12 +176,10 @@ impl Failure {
         }
     }
 
-    /// For a change: what was sent and not answered may have happened, whatever the server says to the repeat.
-    pub(crate) fn into_outcome(mut self, operation: &'static str, sent_before: bool) -> Error {
-        if self.sent || sent_before {
-            self.kind = ErrorKind::Unknown;
-        }
-        self.into_error(operation)
+    /// The same for a change, which may have happened if it was sent.
+    pub(crate) fn into_failed(self, operation: &'static str) -> Failed {
+        let sent = self.sent;
+        Failed { error: self.into_error(operation), sent }
     }
 }
 

@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use redis::{Cmd, Pipeline, ServerErrorKind, Value};
-use session_core::{Error, ErrorKind, LeaseToken, Result, SessionId, WriteId};
+use session_core::leased::{Found, Want};
+use session_core::{Error, ErrorKind, Result, SessionId, WriteId};
 use tokio::runtime::Handle;
 
 use crate::cluster::{Cluster, Node};
 use crate::config::{RedisConfig, RedisWake};
-use crate::layout::{Body, Keys, TokenText, channel, holder, is_lock, lock_value, token_text};
+use crate::layout::{Body, Keys, TokenText, channel, holder, is_lock, lock_value, record};
 use crate::link::{Failure, Link, error_kind};
 use crate::replicas::Replicas;
 use crate::scripts::{Script, Scripts};
@@ -46,38 +47,6 @@ pub(crate) struct Store {
     waiters: Waiters,
     /// Places in queues whose tasks gave up, for a moment.
     places: Mutex<HashMap<Box<str>, TokenText>>,
-}
-
-/// What is asked for with a lock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Want {
-    /// The record too, and nothing if it is absent.
-    Existing,
-    /// The record too, absent or not.
-    Any,
-    /// Only the lock.
-    Lock,
-}
-
-impl Want {
-    fn word(self) -> &'static [u8] {
-        match self {
-            Self::Existing => b"existing",
-            Self::Any => b"any",
-            Self::Lock => b"lock",
-        }
-    }
-}
-
-/// What somebody who asked for a lock is told.
-pub(crate) enum Granted {
-    /// There is no record, so there is no lock either.
-    Absent,
-    Locked {
-        body: Body,
-        left: i64,
-        clean: bool,
-    },
 }
 
 impl Store {
@@ -197,7 +166,7 @@ impl Store {
 
     /// Runs a script that changes a record, once and once more if that is not answered; says whether the first may have been
     /// carried out although it was not answered. With `wait_replicas` the answer counts only once they have it.
-    pub(crate) async fn change(&self, keys: &Keys, script: &Script, args: &[&[u8]]) -> (Result<Value, Failure>, bool) {
+    pub(crate) async fn run_once(&self, keys: &Keys, script: &Script, args: &[&[u8]]) -> (Result<Value, Failure>, bool) {
         let mut sent = false;
         let mut whole = false;
         let mut tries = 0;
@@ -306,42 +275,43 @@ impl Store {
     }
 
     /// Reads a record as it is now.
-    pub(crate) async fn look(&self, keys: &Keys) -> Result<(Body, i64), Failure> {
+    pub(crate) async fn read_record(&self, keys: &Keys) -> Result<Found, Failure> {
         let mut commands = Pipeline::with_capacity(2);
         commands.add_command(command(&[b"GET", keys.record.as_bytes()]));
         commands.add_command(command(&[b"PTTL", keys.record.as_bytes()]));
         let [body, left] = answers(self.ask(keys, &commands).await?)?;
-        look_at(body, &left)
+        let (body, left) = look_at(body, &left)?;
+        found(body, left)
     }
 
-    /// Takes the lock of a session, waiting for it if there is time, and reads the record in the same flight. Returns the token, and
-    /// the value that the lock has while nobody waits for it.
+    /// Takes the lock of a session, waiting for it if there is time, and reads the record in the same flight. Returns what is there and
+    /// whether the holder before released, or nothing if a record is missing.
     ///
     /// While nobody waits these are plain commands, which cost the server less than a script. Whoever does not get the lock by
     /// them runs a script, which knows him by his token: a repeat of a `SET` finds the lock taken, by itself (`protocol.md` 11).
-    pub(crate) async fn acquire(
+    #[allow(clippy::too_many_arguments, reason = "what was asked, and the lock that it is asked for with")]
+    pub(crate) async fn take(
         self: &Arc<Self>,
         operation: &'static str,
-        keys: Arc<Keys>,
+        keys: &Arc<Keys>,
         want: Want,
         wait: Duration,
         lease: Duration,
-    ) -> Result<(LeaseToken, Vec<u8>, Granted)> {
+        token: &TokenText,
+        value: &[u8],
+    ) -> Result<Option<(Found, bool)>> {
         let began = Instant::now();
-        let token = LeaseToken::random()?;
-        let text = token_text(token);
-        let value = self.lock_value(&text, lease);
         let lease_ms = millis(lease);
         let mut commands = Pipeline::with_capacity(4);
         let lease_text = lease_ms.to_string();
-        commands.add_command(command(&[b"SET", keys.lock.as_bytes(), &value, b"NX", b"PX", lease_text.as_bytes()]));
+        commands.add_command(command(&[b"SET", keys.lock.as_bytes(), value, b"NX", b"PX", lease_text.as_bytes()]));
         commands.add_command(command(&[b"EXISTS", keys.queue.as_bytes()]));
         if want != Want::Lock {
             commands.add_command(command(&[b"GET", keys.record.as_bytes()]));
             commands.add_command(command(&[b"PTTL", keys.record.as_bytes()]));
         }
-        let mut attempt = Attempt { store: self, keys: &keys, token: text, armed: true };
-        let asked = self.ask_twice(&keys, &commands).await.map_err(|failure| {
+        let mut attempt = Attempt { store: self, keys, token: *token, armed: true };
+        let asked = self.ask_twice(keys, &commands).await.map_err(|failure| {
             attempt.armed = failure.sent;
             failure.into_error(operation)
         });
@@ -360,20 +330,22 @@ impl Store {
             if mine || repeated {
                 attempt.give_up().await;
             }
-            return Ok((token, value, Granted::Absent));
+            return Ok(None);
         }
         if mine && !queued {
             if !matches!(body, Body::Live { .. }) || left >= 2 * lease_ms {
                 attempt.armed = false;
-                return Ok((token, value, Granted::Locked { body, left, clean: false }));
+                return found(body, left).map(|found| Some((found, false))).map_err(|failure| failure.into_error(operation));
             }
             // It would end before the hold does.
-            let renewed = Box::pin(self.run(&keys, &self.scripts.renew, &[&text, lease_text.as_bytes(), b"1"])).await;
+            let renewed = Box::pin(self.run(keys, &self.scripts.renew, &[token, lease_text.as_bytes(), b"1"])).await;
             match renewed.and_then(|answer| int(&answer)) {
                 Ok(1) => {
                     left = 2 * lease_ms;
                     attempt.armed = false;
-                    return Ok((token, value, Granted::Locked { body, left, clean: false }));
+                    return found(body, left)
+                        .map(|found| Some((found, false)))
+                        .map_err(|failure| failure.into_error(operation));
                 }
                 // It ended between the two flights: what is there now is asked for under the lock.
                 Ok(_) => {}
@@ -384,8 +356,7 @@ impl Store {
             }
         }
         // On the heap, so that whoever need not wait does not carry the room for it.
-        let granted = Box::pin(self.queue_up(operation, &mut attempt, want, wait, lease, &value, began)).await?;
-        Ok((token, value, granted))
+        Box::pin(self.queue_up(operation, &mut attempt, want, wait, lease, value, began)).await
     }
 
     /// Takes a place in the queue and waits there; with [`RedisWake::Poll`] it takes none, and looks again and again.
@@ -399,7 +370,7 @@ impl Store {
         lease: Duration,
         value: &[u8],
         began: Instant,
-    ) -> Result<Granted> {
+    ) -> Result<Option<(Found, bool)>> {
         let keys = attempt.keys;
         let lease_ms = millis(lease).to_string();
         let polls = self.config.wake == RedisWake::Poll;
@@ -417,7 +388,7 @@ impl Store {
             let rest = wait.saturating_sub(began.elapsed());
             let rest_ms = if polls { 0 } else { rest.as_millis() }.to_string();
             let args: [&[u8]; 7] =
-                [&attempt.token, value, lease_ms.as_bytes(), rest_ms.as_bytes(), want.word(), queued, &heir];
+                [&attempt.token, value, lease_ms.as_bytes(), rest_ms.as_bytes(), word(want), queued, &heir];
             let answer = match self.run(keys, &self.scripts.enter, &args).await {
                 Ok(answer) => answer,
                 Err(failure) => {
@@ -435,7 +406,7 @@ impl Store {
             match entered {
                 Entered::Absent => {
                     attempt.armed = false;
-                    return Ok(Granted::Absent);
+                    return Ok(None);
                 }
                 Entered::Granted { body: Body::Foreign, .. } => {
                     attempt.give_up().await;
@@ -443,7 +414,9 @@ impl Store {
                 }
                 Entered::Granted { body, left, clean } => {
                     attempt.armed = false;
-                    return Ok(Granted::Locked { body, left, clean });
+                    return found(body, left)
+                        .map(|found| Some((found, clean)))
+                        .map_err(|failure| failure.into_error(operation));
                 }
                 Entered::Busy { owner: Some(owner), .. } if !is_lock(&owner) => {
                     attempt.give_up().await;
@@ -486,7 +459,7 @@ impl Store {
         let before = self.places.lock().unwrap_or_else(PoisonError::into_inner).insert(record.clone(), token);
         runtime.spawn(async move {
             if let Some(before) = before {
-                store.release(&Keys::of(record.clone().into()), before, true).await;
+                store.give_up(&Keys::of(record.clone().into()), before, true).await;
             }
             tokio::time::sleep(HEIR).await;
             let mine = {
@@ -498,7 +471,7 @@ impl Store {
                 mine
             };
             if mine {
-                store.release(&Keys::of(record.into()), token, true).await;
+                store.give_up(&Keys::of(record.into()), token, true).await;
             }
             // Until here a grant for this place was nobody's to pass on.
             drop(waiter);
@@ -514,7 +487,7 @@ impl Store {
     }
 
     /// Gives up whatever `token` has, also to a server that comes back a moment later; otherwise that ends with its lease.
-    async fn release(&self, keys: &Keys, token: TokenText, clean: bool) {
+    async fn give_up(&self, keys: &Keys, token: TokenText, clean: bool) {
         let mut pauses = PAUSES.iter();
         while let Err(failure) = self.release_once(keys, token, clean).await {
             match pauses.next() {
@@ -528,10 +501,10 @@ impl Store {
     }
 
     /// The same without waiting for it, and from outside a runtime not at all.
-    pub(crate) fn release_later(self: &Arc<Self>, keys: Arc<Keys>, token: TokenText, clean: bool) {
+    pub(crate) fn give_up_later(self: &Arc<Self>, keys: Arc<Keys>, token: TokenText, clean: bool) {
         if let Ok(runtime) = Handle::try_current() {
             let store = self.clone();
-            runtime.spawn(async move { store.release(&keys, token, clean).await });
+            runtime.spawn(async move { store.give_up(&keys, token, clean).await });
         }
     }
 
@@ -579,7 +552,7 @@ impl Attempt<'_> {
 impl Drop for Attempt<'_> {
     fn drop(&mut self) {
         if self.armed {
-            self.store.release_later(self.keys.clone(), self.token, true);
+            self.store.give_up_later(self.keys.clone(), self.token, true);
         }
     }
 }
@@ -657,6 +630,25 @@ pub(crate) fn foreign() -> Failure {
 
 fn foreign_lock() -> Failure {
     Failure::corrupt("the lock of the session is nothing that any version of this library writes; it was left alone")
+}
+
+/// Makes of a record what an opening goes by; `left` is what `PTTL` said.
+fn found(body: Body, left: i64) -> Result<Found, Failure> {
+    match body {
+        Body::Absent => Ok(Found::Absent),
+        Body::Buried { mark } => Ok(Found::Buried { mark }),
+        Body::Live { last, data } => Ok(Found::Live { last, record: record(data, left) }),
+        Body::Foreign => Err(foreign()),
+    }
+}
+
+/// Says what is asked for in the words of the script.
+fn word(want: Want) -> &'static [u8] {
+    match want {
+        Want::Existing => b"existing",
+        Want::Any => b"any",
+        Want::Lock => b"lock",
+    }
 }
 
 pub(crate) fn millis(duration: Duration) -> i64 {
