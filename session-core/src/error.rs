@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 /// The result of every fallible call of this crate.
@@ -102,15 +103,18 @@ impl fmt::Display for Holder {
 /// An operation on a session that did not succeed: a kind, the operation, the fact, and the cause where there is one.
 ///
 /// The text never holds an id, a payload or a password. It does not repeat the cause: that is [`source`](StdError::source).
+/// A clone shares the cause: what fails for many at once is told to each.
+#[derive(Clone)]
 pub struct Error(Box<Inner>);
 
+#[derive(Clone)]
 struct Inner {
     kind: ErrorKind,
     operation: &'static str,
     message: Cow<'static, str>,
     holder: Option<Holder>,
     keys: Vec<String>,
-    source: Option<Box<dyn StdError + Send + Sync>>,
+    source: Option<Arc<dyn StdError + Send + Sync>>,
 }
 
 impl Error {
@@ -123,7 +127,7 @@ impl Error {
     /// Adds the cause, to be read through [`source`](StdError::source).
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
-        self.0.source = Some(source.into());
+        self.0.source = Some(Arc::from(source.into()));
         self
     }
 

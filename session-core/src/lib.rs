@@ -5,6 +5,7 @@
 
 mod clock;
 mod codec;
+pub mod collector;
 mod commit;
 mod depth;
 mod dsn;
