@@ -11,9 +11,10 @@ use async_trait::async_trait;
 use redis::{Pipeline, ServerErrorKind, Value};
 use session_core::{Cursor, Error, ErrorKind, LockInfo, Page, Result, SessionAdmin, SessionId, SessionInfo};
 
+use crate::answers::{array, bytes, int};
 use crate::layout::{HEADER, Keys, LOCK, holder, is_live};
 use crate::link::Failure;
-use crate::store::{Servers, Store, array, bytes, int};
+use crate::store::Store;
 
 /// How many keys a server looks at for one answer.
 const LOOK_AT: u32 = 500;
@@ -30,14 +31,7 @@ impl RedisAdmin {
 
     /// Sends commands to the server at `place` in the order of the listing; `None` behind the last.
     async fn ask(&self, place: usize, commands: &Pipeline) -> Result<Option<Vec<Value>>, Failure> {
-        let answers = match &*self.store.servers {
-            Servers::One { link, .. } if place == 0 => link.ask(commands).await?,
-            Servers::One { .. } => return Ok(None),
-            Servers::Cluster(cluster) => match cluster.masters().await?.get(place) {
-                Some(node) => node.link.ask(commands).await?,
-                None => return Ok(None),
-            },
-        };
+        let Some(answers) = self.store.servers.ask_at(place, commands).await? else { return Ok(None) };
         // A single key that cannot be read is skipped; a listing that may read none would look empty.
         let denied = |answer: &Value| match answer {
             Value::ServerError(error) if error.kind() == Some(ServerErrorKind::NoPerm) => Some(Failure::refused(error)),

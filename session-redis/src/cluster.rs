@@ -9,9 +9,10 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use redis::{Client, Pipeline, RedisError, ServerErrorKind, Value};
+use redis::{Client, Cmd, Pipeline, RedisError, ServerErrorKind, Value};
 
-use crate::link::{Failure, Link, Maker, Timeouts};
+use crate::answers::spread;
+use crate::link::{Failure, Link, Maker, Timeouts, error_kind};
 use crate::replicas::Replicas;
 
 /// How often a request follows redirections or waits for a slot that is moving.
@@ -212,6 +213,51 @@ impl Cluster {
             }
         }
         unreachable!("the last hop returns")
+    }
+
+    /// Sends a change that counts only once enough replicas have it to the server that has `slot`.
+    pub(crate) async fn ask_with_replicas(&self, slot: u16, change: Cmd) -> Result<Value, Failure> {
+        let node = self.owner(slot).await?;
+        let asked = Replicas::of(node.replicas.as_ref())?.ask(change).await;
+        let moved = |answer: &Value| matches!(error_kind(answer), Some(ServerErrorKind::Moved | ServerErrorKind::Ask));
+        match asked {
+            Ok(answered) if moved(&answered.answer) => {
+                let _ = self.refresh().await;
+                Err(Failure::uncovered())
+            }
+            Ok(answered) => answered.enough(),
+            Err(failure) => {
+                let _ = self.refresh().await;
+                Err(failure)
+            }
+        }
+    }
+
+    /// Sends one command to each of these slots, in one flight to each server.
+    pub(crate) async fn ask_many(&self, commands: Vec<(u16, Cmd)>) -> Vec<Result<Value, Failure>> {
+        let mut flights: HashMap<usize, (Arc<Node>, Vec<usize>, Pipeline)> = HashMap::new();
+        let mut outcomes: Vec<Option<Result<Value, Failure>>> = commands.iter().map(|_| None).collect();
+        for (index, (slot, command)) in commands.into_iter().enumerate() {
+            match self.owner(slot).await {
+                Ok(node) => {
+                    let flight =
+                        flights.entry(Arc::as_ptr(&node).addr()).or_insert_with(|| (node, Vec::new(), Pipeline::new()));
+                    flight.1.push(index);
+                    flight.2.add_command(command);
+                }
+                Err(failure) => outcomes[index] = Some(Err(failure)),
+            }
+        }
+        for (node, indices, flight) in flights.into_values() {
+            let answers = spread(node.link.ask(&flight).await, indices.len());
+            if answers.iter().any(|answer| !matches!(answer, Ok(Value::Int(_)))) {
+                let _ = self.refresh().await;
+            }
+            for (index, answer) in indices.into_iter().zip(answers) {
+                outcomes[index] = Some(answer);
+            }
+        }
+        outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(|| Err(Failure::uncovered()))).collect()
     }
 
     /// Learns from a redirection, and asks for the whole map with the next request.

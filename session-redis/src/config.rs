@@ -17,7 +17,8 @@ use session_core::{Dsn, Error, ErrorKind, Result};
 use crate::cluster::Cluster;
 use crate::link::{Link, Maker, Timeouts};
 use crate::replicas::Replicas;
-use crate::store::{Servers, Store};
+use crate::servers::Servers;
+use crate::store::Store;
 
 const PORT: u16 = 6379;
 const SENTINEL_PORT: u16 = 26379;

@@ -45,10 +45,13 @@
 //! is made anew, and the request is asked once more: opens, renewals and withdrawals go by their token, changes by their write id, so
 //! that neither happens twice.
 //!
-//! Reading order: `layout` (what stands where), `scripts` (the atomic steps), `store` (asking and locking), `handler` (what each
-//! access does), `link` and `cluster` (the servers), `waiters` (who is woken how), `replicas` (changes that wait for replicas).
+//! Reading order: `layout` (what stands where), `scripts` (the atomic steps), `store` (asking) and `answers` (what came back), `acquire`
+//! (taking a lock), `handler` (what each access does), `servers`, `link` and `cluster` (who is asked), `waiters` (who is woken how),
+//! `replicas` (changes that wait for replicas).
 
+mod acquire;
 mod admin;
+mod answers;
 mod cluster;
 mod config;
 mod handler;
@@ -57,6 +60,7 @@ mod link;
 mod lock;
 mod replicas;
 mod scripts;
+mod servers;
 mod store;
 mod waiters;
 

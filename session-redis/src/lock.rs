@@ -1,6 +1,6 @@
 //! The lock of the Redis backend, to be used alone.
 //!
-//! How it is taken stands in `store`; nothing here knows about records.
+//! How it is taken stands in `acquire`; nothing here knows about records.
 
 use std::fmt;
 use std::sync::Arc;

@@ -15,8 +15,26 @@ use crate::link::{Failure, Link};
 /// How many changes share one `WAIT` at most.
 const BATCH: usize = 64;
 
-/// What became of a change: the answer to it, and how many replicas have it.
-type Outcome = Result<(Value, i64), Failure>;
+/// The answer to a change, and how many replicas have it.
+pub(crate) struct Answered {
+    pub(crate) answer: Value,
+    have: i64,
+    wanted: u32,
+}
+
+impl Answered {
+    /// Returns the answer if what it says counts.
+    pub(crate) fn enough(self) -> Result<Value, Failure> {
+        // What was refused is in force nowhere, so there is nothing to wait for.
+        let applied = matches!(&self.answer, Value::Int(1..) | Value::Array(_));
+        if applied && self.have < i64::from(self.wanted) {
+            return Err(Failure::too_few(self.have, self.wanted));
+        }
+        Ok(self.answer)
+    }
+}
+
+type Outcome = Result<Answered, Failure>;
 
 #[derive(Clone)]
 pub(crate) struct Replicas {
@@ -43,11 +61,12 @@ impl Replicas {
         Self { shared: Arc::new(Shared { link, count, limit, queue: Mutex::default() }) }
     }
 
-    pub(crate) fn wanted(&self) -> u32 {
-        self.shared.count
+    /// Returns the connection that a server has if changes are to wait for its replicas.
+    pub(crate) fn of(server: Option<&Self>) -> Result<&Self, Failure> {
+        server.ok_or_else(|| Failure::unexpected("a server without a connection for its replicas"))
     }
 
-    /// Sends a change and returns its answer, and how many replicas have it.
+    /// Sends a change and waits for the replicas.
     pub(crate) async fn ask(&self, change: Cmd) -> Outcome {
         let (sender, outcome) = oneshot::channel();
         let start = {
@@ -123,7 +142,7 @@ impl Shared {
                         _ => 0,
                     };
                     for (sender, answer) in senders.into_iter().zip(answers) {
-                        let _ = sender.send(Ok((answer, have)));
+                        let _ = sender.send(Ok(Answered { answer, have, wanted: self.count }));
                     }
                 }
                 Err(failure) => {
