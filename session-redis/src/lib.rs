@@ -46,14 +46,15 @@
 //! that neither happens twice.
 //!
 //! Reading order: `layout` (what stands where), `scripts` (the atomic steps), `store` (asking) and `answers` (what came back), `acquire`
-//! (taking a lock), `handler` (what each access does), `servers`, `link` and `cluster` (who is asked), `waiters` (who is woken how),
-//! `replicas` (changes that wait for replicas).
+//! (taking a lock), `handler` (what each access does), `connect`, `servers`, `link` and `cluster` (who is asked), `waiters` (who is
+//! woken how), `replicas` (changes that wait for replicas).
 
 mod acquire;
 mod admin;
 mod answers;
 mod cluster;
 mod config;
+mod connect;
 mod handler;
 mod layout;
 mod link;
