@@ -33,9 +33,7 @@ impl Script {
         }
         call
     }
-}
 
-impl Script {
     /// Returns the command that gives the script to a server.
     fn load(&self) -> Cmd {
         let mut load = Cmd::with_capacity(3, 32 + self.text.len());

@@ -25,20 +25,25 @@ local function tell(channel, token)
   return type(heard) == 'number' and (heard > 0 or not SKIP_DEAF)
 end
 
--- Gives the lock to the first in the queue who listens and whose time has not run out. Without anybody there is no lock.
-local function hand_on(clean)
+-- Gives the lock, as a grant with this mark, to the first in the queue who listens and whose time has not run out, and returns its
+-- value: nothing if there is nobody, true if the turn is that of one of these tokens, whose business it then is.
+local function grant(mark, token, heir)
   local place = redis.call('LPOP', QUEUE)
   local at = place and now()
   while place do
-    local value, token, channel, deadline = string.match(place, '^((%x+)|%d+|%d+|(.*))|(%d+)$')
-    if value and tonumber(deadline) > at
-      and tell(channel, token) then
-      redis.call('SET', LOCK, value .. (clean and '|c' or '|g'), 'PX', CLAIM)
-      return
+    if is_of(place, token) or is_of(place, heir) then return true end
+    local value, name, channel, deadline = string.match(place, '^((%x+)|%d+|%d+|(.*))|(%d+)$')
+    if value and tonumber(deadline) > at and tell(channel, name) then
+      redis.call('SET', LOCK, value .. mark, 'PX', CLAIM)
+      return value .. mark
     end
     place = redis.call('LPOP', QUEUE)
   end
-  redis.call('DEL', LOCK)
+end
+
+-- Ends a hold. Without anybody who waits there is no lock.
+local function hand_on(clean)
+  if not grant(clean and '|c' or '|g', '', '') then redis.call('DEL', LOCK) end
 end
 
 -- Takes the place of a token out of the queue.

@@ -21,23 +21,8 @@ local granted = inherited or own and (queued or waiting == 0)
 local clean = granted and string.sub(owner, -2) == '|c'
 if not granted and (own or not owner) then
   -- The lock is free. Whoever finds it so while others wait lets the first of them in.
-  local at = waiting > 0 and now()
-  local place = waiting > 0 and redis.call('LPOP', QUEUE)
-  while place do
-    if is_of(place, token) or is_of(place, heir) then
-      granted = true
-      break
-    end
-    local next, name, channel, deadline = string.match(place, '^((%x+)|%d+|%d+|(.*))|(%d+)$')
-    if next and tonumber(deadline) > at
-      and tell(channel, name) then
-      owner = next .. '|g'
-      redis.call('SET', LOCK, owner, 'PX', CLAIM)
-      break
-    end
-    place = redis.call('LPOP', QUEUE)
-  end
-  granted = granted or not place
+  local given = waiting > 0 and grant('|g', token, heir)
+  if type(given) == 'string' then owner = given else granted = true end
 end
 
 if granted then
