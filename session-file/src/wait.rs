@@ -163,10 +163,18 @@ pub(crate) fn leave(file: &File) {
 pub(crate) fn pass_alone(file: &File) {
     for look in 0..LOOKS {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_WRLCK, DESTROYERS, 1))) {
-            Err(Errno::EAGAIN | Errno::EACCES) if look < LOOKS / 2 => std::thread::yield_now(),
-            Err(Errno::EAGAIN | Errno::EACCES) => std::thread::sleep(Duration::from_micros(50)),
+            Err(Errno::EAGAIN | Errno::EACCES) => a_moment(look, LOOKS),
             _ => return,
         }
+    }
+}
+
+/// Pauses after one of so many looks at what takes microseconds unless somebody was stopped, and longer in the second half.
+pub(crate) fn a_moment(look: u32, looks: u32) {
+    if look < looks / 2 {
+        std::thread::yield_now();
+    } else {
+        std::thread::sleep(Duration::from_micros(50));
     }
 }
 

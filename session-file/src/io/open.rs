@@ -160,7 +160,7 @@ impl SessionFile {
             let Some(file) = store.dir.create_file(&name, OP)? else { return Ok(None) };
             // Somebody may have found the file between these two calls. Whoever only looks, such as another creator of the same id,
             // is through in microseconds; a collector takes it away; anybody else has it then.
-            let Some(file) = claim_soon(file, OP)? else { return Ok(None) };
+            let Some(file) = claim_soon(file, |look| wait::a_moment(look, LOOKS), OP)? else { return Ok(None) };
             let stat = stat(&*file).map_err(|cause| fault(OP, cause))?;
             if stat.links == 0 {
                 continue;
@@ -191,22 +191,42 @@ impl SessionFile {
     }
 }
 
-/// Takes the lock of a file that nobody can want to keep yet.
-fn claim_soon(mut file: File, op: &'static str) -> Result<Option<Claim>> {
+/// Takes the lock of a file that nobody can want to keep yet; `pause` is what is done after a look at which somebody had it.
+fn claim_soon(mut file: File, mut pause: impl FnMut(u32), op: &'static str) -> Result<Option<Claim>> {
     for look in 0..LOOKS {
         file = match Claim::take(file, op)? {
             Ok(claim) => return Ok(Some(claim)),
             Err(file) => file,
         };
-        if look < LOOKS / 2 {
-            std::thread::yield_now();
-        } else {
-            std::thread::sleep(Duration::from_micros(50));
-        }
+        pause(look);
     }
     Ok(None)
 }
 
 fn taken_by_another_user(op: &'static str) -> Error {
     Error::new(ErrorKind::Corrupt, op, "a file that is not ours stands where the session file should; it was left alone")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_looks_into_a_new_file_for_a_moment_does_not_take_it_from_its_creator() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("new");
+        let created = || File::create(&path).unwrap();
+        let other = created();
+        for through_after in [0, 1, LOOKS - 2] {
+            other.lock().unwrap();
+            let pause = |look| {
+                if look == through_after {
+                    other.unlock().unwrap()
+                }
+            };
+            assert!(claim_soon(created(), pause, "write").unwrap().is_some(), "through after look {through_after}");
+        }
+        other.lock().unwrap();
+        assert!(claim_soon(created(), |_| {}, "write").unwrap().is_none(), "somebody keeps it");
+    }
 }
