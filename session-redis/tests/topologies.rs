@@ -1,4 +1,5 @@
-//! Every case of the suite on the other ways to have a Redis: a Cluster, sentinels, TLS, a socket, a server that waits for replicas.
+//! Every case of the suite on the other ways to have a Redis: a Cluster, sentinels, TLS, a socket, a server that waits for replicas,
+//! one that tells nobody.
 //!
 //! One server for all cases of a test, since a cluster takes seconds to come up; what failed is listed by name. The cases with
 //! several processes and those that count round trips run on the plain server, in `conformance`.
@@ -102,4 +103,10 @@ async fn every_case_passes_over_tls() {
 async fn every_case_passes_over_a_socket_and_with_strict_expiry() {
     let server = Redis::start(&[]).unwrap();
     every_case(format!("redis+unix://{}?strict_expiry=on&db=3", server.socket_path().display())).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_case_passes_where_waiters_ask_again_and_again() {
+    let server = Redis::start(&[]).unwrap();
+    every_case(format!("{}?wake=poll", server.url())).await;
 }
