@@ -1,11 +1,12 @@
 //! Our cycles, and the peer's: what an application would run, as tasks of one runtime, each on a session of its own.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use session_core::{Change, Error, ErrorKind, Expect, OpenRequest, Record, SessionHandler, SessionId, Ttl, WriteId};
 use sessionkit::Sessions;
 use tokio::sync::Barrier;
@@ -109,10 +110,8 @@ impl PeerCycle {
         let expiry_date = tower_sessions_core::Session::new(None, Arc::new(store.clone()), None).expiry_date();
         let mut ids = Vec::new();
         for _ in 0..tasks {
-            let data =
-                [("payload".to_owned(), json!("x".repeat(payload))), ("n".to_owned(), json!(0))].into_iter().collect();
             let id = tower_sessions_core::session::Id::default();
-            let mut record = tower_sessions_core::session::Record { id, data, expiry_date };
+            let mut record = tower_sessions_core::session::Record { id, data: peer_data(payload), expiry_date };
             store.create(&mut record).await.map_err(peer_failed)?;
             ids.push(record.id);
         }
@@ -125,8 +124,7 @@ impl PeerCycle {
             async move {
                 while laps.next().await {
                     let mut record = store.load(&id).await.map_err(peer_failed)?.ok_or_else(lost)?;
-                    let n = record.data.get("n").and_then(serde_json::Value::as_u64).ok_or_else(lost)?;
-                    record.data.insert("n".to_owned(), json!(n + 1));
+                    count_up(&mut record.data)?;
                     store.save(&record).await.map_err(peer_failed)?;
                 }
                 Ok(laps.round())
@@ -140,7 +138,20 @@ pub(super) fn lost() -> Error {
     Error::new(ErrorKind::Gone, "bench", "a session that was just stored is not there")
 }
 
-fn peer_failed(error: tower_sessions_core::session_store::Error) -> Error {
+/// What a peer's session holds, whichever core the peer is written for.
+type PeerData = HashMap<String, Value>;
+
+pub(super) fn peer_data(payload: usize) -> PeerData {
+    [("payload".to_owned(), json!("x".repeat(payload))), ("n".to_owned(), json!(0))].into_iter().collect()
+}
+
+pub(super) fn count_up(data: &mut PeerData) -> session_core::Result<()> {
+    let n = data.get("n").and_then(Value::as_u64).ok_or_else(lost)?;
+    data.insert("n".to_owned(), json!(n + 1));
+    Ok(())
+}
+
+pub(super) fn peer_failed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::new(ErrorKind::Unavailable, "bench", "the peer's store failed").with_source(error)
 }
 

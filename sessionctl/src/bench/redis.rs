@@ -6,7 +6,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::json;
 use session_core::{Dsn, Error, ErrorKind, WriteId};
 use sessionkit::redis::redis::aio::MultiplexedConnection;
 use sessionkit::redis::redis::{
@@ -20,7 +19,7 @@ use tower_sessions_redis_store::fred::interfaces::ClientLike;
 use tower_sessions_redis_store::fred::prelude::{Config, Pool, ServerConfig};
 
 use crate::bench::Round;
-use crate::bench::ours::{LEASE, TTL, lost, run};
+use crate::bench::ours::{LEASE, TTL, count_up, lost, peer_data, peer_failed, run};
 use crate::failure::Failure;
 
 /// Writes and unlocks, if the lock is still the caller's.
@@ -168,9 +167,7 @@ impl PeerCycle {
         let expiry_date = Session::new(None, Arc::new(store.clone()), None).expiry_date();
         let mut ids = Vec::new();
         for _ in 0..tasks {
-            let data =
-                [("payload".to_owned(), json!("x".repeat(payload))), ("n".to_owned(), json!(0))].into_iter().collect();
-            let mut record = Record { id: Id::default(), data, expiry_date };
+            let mut record = Record { id: Id::default(), data: peer_data(payload), expiry_date };
             store.create(&mut record).await.map_err(peer_failed)?;
             ids.push(record.id);
         }
@@ -183,8 +180,7 @@ impl PeerCycle {
             async move {
                 while laps.next().await {
                     let mut record = store.load(&id).await.map_err(peer_failed)?.ok_or_else(lost)?;
-                    let n = record.data.get("n").and_then(serde_json::Value::as_u64).ok_or_else(lost)?;
-                    record.data.insert("n".to_owned(), json!(n + 1));
+                    count_up(&mut record.data)?;
                     store.save(&record).await.map_err(peer_failed)?;
                 }
                 Ok(laps.round())
@@ -204,10 +200,6 @@ impl PeerCycle {
 
 fn failed(error: RedisError) -> Error {
     Error::new(ErrorKind::Unavailable, "bench", "a plain program was refused").with_source(error)
-}
-
-fn peer_failed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
-    Error::new(ErrorKind::Unavailable, "bench", "the peer's store failed").with_source(error)
 }
 
 fn millis(duration: Duration) -> u64 {
