@@ -21,8 +21,9 @@
 //! | [`Redis::start`], [`Redis::start_tls`] | one server | 10 to 40 ms |
 //! | [`RedisCluster::start`] | masters and their replicas | 2 s, and a failover 2 to 3 s |
 //! | [`RedisSentinel::start`] | a master, two replicas, three sentinels | 1 s, and a failover 3 s |
+//! | [`Postgres::start`] | one server | 0.1 s, the first time 1 s more |
 //!
-//! Each of the many servers of the latter two is a [`Redis`] again, to be frozen, killed and restarted by itself.
+//! Each of the many servers of a cluster and of the sentinels is a [`Redis`] again, to be frozen, killed and restarted by itself.
 //!
 //! All calls block their thread and work with and without a runtime around them. All take
 //! `&self`, so that a server can be shared.
@@ -72,12 +73,18 @@
 //! Nothing here knows what is tested with a server.
 
 mod certificates;
+mod postgres;
+mod postgres_wire;
 mod process;
 mod redis;
 mod redis_cluster;
 mod redis_sentinel;
 mod resp;
+mod sql;
+mod template;
 
+pub use postgres::Postgres;
+pub use postgres_wire::PostgresConnection;
 pub use redis::{Monitor, Redis};
 pub use redis_cluster::RedisCluster;
 pub use redis_sentinel::RedisSentinel;

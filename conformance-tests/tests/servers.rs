@@ -4,9 +4,10 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use conformance_tests::servers::{Redis, RedisCluster, RedisSentinel};
+use conformance_tests::servers::{Postgres, Redis, RedisCluster, RedisSentinel};
 
 const SOON: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_secs(20);
@@ -329,6 +330,153 @@ fn sentinels_replace_a_master_that_stands_still() -> io::Result<()> {
     Ok(())
 }
 
+/// Says whether the server does something within a moment.
+fn says_nothing(answer: impl FnOnce() + Send + 'static) -> bool {
+    let (done, wait) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        answer();
+        let _ = done.send(());
+    });
+    wait.recv_timeout(SOON).is_err()
+}
+
+#[test]
+fn postgres_answers_on_its_port_and_on_its_socket() -> io::Result<()> {
+    let postgres = Postgres::start(&[])?;
+    assert_eq!(postgres.url(), format!("postgres://sessionkit:conformance@{}/sessionkit", postgres.address()));
+    assert_eq!(postgres.url_of("a", "b:c"), format!("postgres://a:b%3Ac@{}/sessionkit", postgres.address()));
+    assert!(postgres.socket_path().exists());
+    assert_eq!(
+        postgres.query("SELECT current_user, current_database(), inet_server_port()")?,
+        [["postgres", "sessionkit", ""]]
+    );
+    let owned = postgres
+        .query("SELECT rolname FROM pg_database d JOIN pg_roles r ON r.oid = datdba WHERE datname = 'sessionkit'")?;
+    assert_eq!(owned, [["sessionkit"]]);
+    let psql = |url: &str| Command::new("psql").args([url, "-Atc", "CREATE TABLE t (n int); SELECT current_user"]).output();
+    let output = psql(&postgres.url())?;
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "CREATE TABLE\nsessionkit\n", "{output:?}");
+    let output = psql(&postgres.url_of("sessionkit", "wrong"))?;
+    assert!(String::from_utf8_lossy(&output.stderr).contains("password authentication failed"), "{output:?}");
+    Ok(())
+}
+
+#[test]
+fn rows_of_postgres_come_back_as_text() -> io::Result<()> {
+    let postgres = Postgres::start(&[])?;
+    assert_eq!(postgres.query("CREATE TABLE colors (id int PRIMARY KEY, color text)")?, [[""; 0]; 0]);
+    postgres.query("INSERT INTO colors VALUES (1, 'grün'), (2, NULL), (3, E'two\\nlines')")?;
+    let rows = postgres.query("SELECT * FROM colors ORDER BY id; SELECT 'more'")?;
+    assert_eq!(rows, [vec!["1", "grün"], vec!["2", ""], vec!["3", "two\nlines"], vec!["more"]]);
+    let mut connection = postgres.connect()?;
+    let refused = connection.query("INSERT INTO colors VALUES (1, 'red')").expect_err("the key is there");
+    assert!(refused.to_string().starts_with("23505: duplicate key"), "{refused}");
+    assert_eq!(connection.query("SELECT count(*) FROM colors")?, [["3"]]);
+    let me = connection.query("SELECT pg_backend_pid()")?;
+    postgres.query(&format!("SELECT pg_terminate_backend({}, 5000)", me[0][0]))?;
+    let ended = connection.query("SELECT 1").expect_err("somebody has ended it");
+    assert!(ended.to_string().starts_with("57P01: "), "{ended}");
+    Ok(())
+}
+
+#[test]
+fn an_option_of_postgres_is_a_line_of_the_configuration() -> io::Result<()> {
+    let postgres = Postgres::start(&["fsync = on", "work_mem = '3MB'"])?;
+    assert_eq!(postgres.query("SHOW fsync; SHOW work_mem; SHOW max_connections")?, [["on"], ["3MB"], ["200"]]);
+    let refused = Postgres::start(&["work_mem = plenty"]).expect_err("there is no such number");
+    assert!(refused.to_string().contains("invalid value for parameter \"work_mem\": \"plenty\""), "{refused}");
+    Ok(())
+}
+
+#[test]
+fn a_frozen_postgres_accepts_and_says_nothing_until_it_goes_on() -> io::Result<()> {
+    let postgres = Arc::new(Postgres::start(&[])?);
+    let mut before = postgres.connect()?;
+    before.query("BEGIN; CREATE TABLE colors (color text)")?;
+    postgres.freeze()?;
+    assert!(!postgres.is_up());
+    TcpStream::connect(postgres.address())?;
+    let shared = Arc::clone(&postgres);
+    assert!(says_nothing(move || drop(shared.query("SELECT 1"))), "a new connection is answered");
+    let asking = std::thread::spawn(move || before.query("INSERT INTO colors VALUES ('green'); COMMIT").map(|_| before));
+    std::thread::sleep(SOON);
+    assert!(!asking.is_finished(), "an old connection is answered");
+    postgres.resume()?;
+    asking.join().expect("it does not panic")?;
+    assert_eq!(postgres.query("SELECT * FROM colors")?, [["green"]]);
+    Ok(())
+}
+
+#[test]
+fn a_killed_postgres_refuses_and_comes_back_at_its_place_with_what_it_has_acknowledged() -> io::Result<()> {
+    let postgres = Postgres::start(&[])?;
+    postgres.query("CREATE TABLE colors (color text)")?;
+    let ends: [(&str, &dyn Fn() -> io::Result<()>); 3] = [
+        ("killed", &|| postgres.kill()),
+        ("frozen and killed", &|| postgres.freeze().and_then(|()| postgres.kill())),
+        ("stopped", &|| postgres.stop_immediate()),
+    ];
+    for (name, end) in ends {
+        let (address, pid) = (postgres.address(), postgres.pid());
+        postgres.query(&format!("INSERT INTO colors VALUES ('{name}')"))?;
+        let mut lost = postgres.connect()?;
+        lost.query("BEGIN; INSERT INTO colors VALUES ('lost')")?;
+        // Who is stopped in the middle of an answer does not begin another.
+        std::thread::sleep(SOON);
+        end()?;
+        postgres.kill()?;
+        postgres.stop_immediate()?;
+        assert_eq!((postgres.pid(), postgres.is_up()), (None, false));
+        let told = lost.query("COMMIT").expect_err("nobody is there");
+        assert_eq!(told.to_string().starts_with("57P01: "), name == "stopped", "{name}: {told}");
+        assert_eq!(TcpStream::connect(address).expect_err("nobody listens").kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(postgres.freeze().expect_err("nobody is there").kind(), io::ErrorKind::NotConnected);
+        postgres.restart()?;
+        assert_eq!(postgres.address(), address);
+        assert_ne!(postgres.pid(), pid);
+        let kept = postgres.query(&format!("SELECT count(*) FROM colors WHERE color IN ('{name}', 'lost')"))?;
+        assert_eq!(kept, [["1"]], "{name}");
+    }
+    // Without an end in between, and while one of its processes does something that takes longer.
+    let (mut busy, pid) = (postgres.connect()?, postgres.pid());
+    let busy = std::thread::spawn(move || busy.query("SELECT pg_sleep(100)"));
+    eventually("the long query", || {
+        postgres.query("SELECT FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(100)'").is_ok_and(|rows| rows.len() == 1)
+    });
+    postgres.restart()?;
+    assert_ne!(postgres.pid(), pid);
+    busy.join().expect("it does not panic").expect_err("it was killed");
+    assert_eq!(postgres.query("SELECT count(*) FROM colors")?, [["3"]]);
+    Ok(())
+}
+
+#[test]
+fn a_port_that_somebody_else_took_from_postgres_is_told() -> io::Result<()> {
+    let postgres = Postgres::start(&[])?;
+    postgres.kill()?;
+    let thief = TcpListener::bind(postgres.address())?;
+    assert_eq!(postgres.restart().expect_err("the port is taken").kind(), io::ErrorKind::AddrInUse);
+    drop(thief);
+    postgres.restart()
+}
+
+#[test]
+fn sql_servers_of_the_same_moment_do_not_meet() -> io::Result<()> {
+    let start = |number: usize| {
+        let postgres = Postgres::start(&[])?;
+        postgres.query(&format!("CREATE TABLE numbers AS SELECT {number} AS number"))?;
+        io::Result::Ok(postgres)
+    };
+    let servers: Vec<_> = std::thread::scope(|threads| {
+        let starting: Vec<_> = (0..6).map(|number| threads.spawn(move || start(number))).collect();
+        starting.into_iter().map(|thread| thread.join().expect("no start panics")).collect::<io::Result<_>>()
+    })?;
+    for (number, postgres) in servers.iter().enumerate() {
+        assert_eq!(postgres.query("SELECT number FROM numbers")?, [[number.to_string()]]);
+    }
+    Ok(())
+}
+
 /// Tells this executable what to do when a test starts it anew, for that same test.
 const PART: &str = "PART_OF_A_TEST_OF_SERVERS";
 
@@ -409,6 +557,78 @@ fn a_server_ends_with_the_process_that_started_it_however_that_ends() -> io::Res
         eventually(&format!("{part}: the end of the server and its child"), || !pids.into_iter().any(runs));
         eventually(&format!("{part}: the end of its directory"), || !Path::new(directory).exists());
     }
+    Ok(())
+}
+
+/// Returns every process that a process has forked, and itself.
+fn family(pid: u32) -> io::Result<Vec<u32>> {
+    let mut family = vec![pid];
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let children = std::fs::read_to_string(thread?.path().join("children"))?;
+        family.extend(children.split_whitespace().map(|child| child.parse::<u32>().expect("a number")));
+    }
+    Ok(family)
+}
+
+/// Returns the number of the segment of shared memory that a server of PostgreSQL has outside its directory.
+fn segment(postgres: &Postgres) -> io::Result<String> {
+    let lock = std::fs::read_to_string(postgres.directory().join("data/postmaster.pid"))?;
+    let line = lock.lines().nth(6).expect("the key and the number of a segment");
+    Ok(line.split_whitespace().last().expect("two numbers").to_owned())
+}
+
+/// Says whether the machine has that segment.
+fn has_segment(number: &str) -> bool {
+    let table = std::fs::read_to_string("/proc/sysvipc/shm").expect("a table of segments");
+    table.lines().any(|line| line.split_whitespace().nth(1) == Some(number))
+}
+
+#[test]
+fn nothing_is_left_of_a_postgres_however_its_test_ends() -> io::Result<()> {
+    let start = || {
+        let postgres = Postgres::start(&[])?;
+        let mut idle = postgres.connect()?;
+        idle.query("CREATE TABLE t (n int)")?;
+        let family = family(postgres.pid().expect("it runs"))?;
+        assert!(family.len() > 4, "it has forked only {family:?}");
+        let segment = segment(&postgres)?;
+        assert!(has_segment(&segment));
+        io::Result::Ok((postgres, idle, family, segment))
+    };
+    if let Ok(part) = std::env::var(PART) {
+        let (postgres, _idle, family, segment) = start()?;
+        if part.contains("frozen") {
+            postgres.freeze()?;
+        }
+        tell(&format!("{segment} {} {family:?}", postgres.directory().display()));
+        if part.contains("exits") {
+            std::process::exit(0);
+        }
+        loop {
+            std::thread::park();
+        }
+    }
+    for part in ["killed", "killed, server frozen", "exits"] {
+        let mut parent = start_part("nothing_is_left_of_a_postgres_however_its_test_ends", part).spawn()?;
+        let words = told(parent.stdout.take().expect("it was piped"));
+        let [segment, directory, family] = words.splitn(3, ' ').collect::<Vec<_>>()[..] else { panic!("told {words}") };
+        let family: Vec<u32> =
+            family.trim_matches(['[', ']']).split(", ").map(|pid| pid.parse().expect("a number")).collect();
+        if part.contains("killed") {
+            // Others may be just ending: each question has a process of its own.
+            assert!(runs(family[0]), "{part}: it does not run");
+            parent.kill()?;
+        }
+        parent.wait()?;
+        eventually(&format!("{part}: the end of all"), || !family.iter().any(|pid| runs(*pid)));
+        eventually(&format!("{part}: the end of its directory"), || !Path::new(directory).exists());
+        assert!(!has_segment(segment), "{part}: its shared memory is left");
+    }
+
+    let (postgres, _idle, family, segment) = start()?;
+    let directory = postgres.directory().to_owned();
+    drop(postgres);
+    assert!(!family.iter().any(|pid| runs(*pid)) && !directory.exists() && !has_segment(&segment));
     Ok(())
 }
 

@@ -20,6 +20,7 @@ struct Program {
 const PROGRAMS: &[Program] = &[
     Program { name: "sh", package: "dash", tests_of: "xtask" },
     Program { name: "redis-server", package: "redis-server", tests_of: "conformance-tests" },
+    Program { name: "postgres", package: "postgresql", tests_of: "conformance-tests" },
     Program { name: "redis-server", package: "redis-server", tests_of: "session-redis" },
     Program { name: "memcached", package: "memcached", tests_of: "session-memcache" },
     Program { name: "postgres", package: "postgresql", tests_of: "session-sql" },

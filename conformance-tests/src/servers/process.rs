@@ -1,10 +1,13 @@
-//! What all servers have in common: the program, the port, the directory, and a process that nobody has to remember to stop.
+//! What all servers have in common: the program, the account, the port, the directory, and processes that nobody has to remember to
+//! stop.
 //!
 //! Nothing here knows a protocol: a server says what its program needs, and how to ask whether it answers.
 
+use std::cmp::Reverse;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::SocketAddr;
+use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -12,9 +15,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use nix::unistd::Pid;
+use nix::unistd::{Gid, Pid, Uid, User};
 use tempfile::TempDir;
 use tokio::net::TcpSocket;
 
@@ -32,14 +36,25 @@ const STARTS: usize = 10;
 
 /// What stands between a server and its orphanhood. The shell becomes the server, so that the server is our own child. Before
 /// that it leaves a watchman behind, who reads from a pipe of which only we have the other end: a line means that the server is
-/// gone and buried, the end of the pipe that we are. `$0` is the directory.
+/// gone and buried, the end of the pipe that we are. `$0` is the directory, `$1` the [last rites](Server::with_last_rites).
 ///
-/// The watchman has a session of his own. The process group of the server can be killed without him, with every process that
-/// the server has forked; and when a group with stopped members loses its last parent outside, the kernel sends it a hang-up,
-/// which would take him before he has killed a server that stands still.
+/// The watchman has a session of his own. The process group of the server can be killed without him; and when a group with
+/// stopped members loses its last parent outside, the kernel sends it a hang-up, which would take him before he has killed a server
+/// that stands still.
+///
+/// What the server has forked may have left its group, so its children are killed by their numbers. A server that is stopped
+/// first forks no more, and buries nobody whose number somebody else could have by then.
 const KEEPER: &str = r#"
 exec 3<&0 </dev/null
-( setsid sh -c 'read -r word || { kill -s KILL -- "-$1"; rm -rf -- "$0"; }' "$0" $$ <&3 3<&- & )
+rites=$1
+shift
+( setsid sh -c '
+    read -r word && exit
+    kill -s STOP "$1"
+    for process in $(cat /proc/"$1"/task/*/children) -"$1"; do kill -s KILL -- "$process"; done
+    eval "$2"
+    rm -rf -- "$0" || { sleep 1; rm -rf -- "$0"; }
+' "$0" $$ "$rites" <&3 3<&- & )
 exec "$@" 3<&-
 "#;
 
@@ -57,15 +72,73 @@ impl Program {
     /// `NotFound`, with the name of the package.
     pub(super) fn find(&self) -> io::Result<PathBuf> {
         let path = std::env::var_os("PATH").unwrap_or_default();
-        // Debian keeps some servers where only root looks.
+        // Debian keeps some servers where only root looks, and those of PostgreSQL by version.
         let places = std::env::split_paths(&path).chain(["/usr/sbin", "/usr/local/sbin"].map(PathBuf::from));
-        places.map(|place| place.join(self.name)).find(|program| program.is_file()).ok_or_else(|| {
+        places.chain(postgresql()).map(|place| place.join(self.name)).find(|program| program.is_file()).ok_or_else(|| {
             let Self { name, package } = self;
             io::Error::new(
                 io::ErrorKind::NotFound,
                 format!("{name} is not installed: install {name} (Debian package {package})"),
             )
         })
+    }
+}
+
+/// Returns where Debian keeps the programs of PostgreSQL, those of the newest version first.
+fn postgresql() -> impl Iterator<Item = PathBuf> {
+    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let number = |path: &PathBuf| path.file_name().and_then(|name| name.to_str()?.parse::<u32>().ok());
+    let mut versions: Vec<_> = versions.map(|version| version.path()).collect();
+    versions.sort_by_key(|path| Reverse(number(path)));
+    versions.into_iter().map(|version| version.join("bin"))
+}
+
+/// Who a server is, and who owns its files.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Account {
+    /// Whoever we are.
+    Ours,
+    /// Somebody who may do little.
+    Other(Uid, Gid),
+}
+
+impl Account {
+    /// Chooses one for a server that refuses to be root: ours, unless we are root; then the first of these that exists.
+    ///
+    /// # Errors
+    /// `NotFound` if none does.
+    pub(super) fn unprivileged(names: &[&str]) -> io::Result<Self> {
+        if !Uid::effective().is_root() {
+            return Ok(Self::Ours);
+        }
+        for name in names {
+            if let Some(user) = User::from_name(name)? {
+                return Ok(Self::Other(user.uid, user.gid));
+            }
+        }
+        Err(io::Error::new(io::ErrorKind::NotFound, format!("none of the users {} exists", names.join(", "))))
+    }
+
+    /// Makes the file or directory its own.
+    pub(super) fn own(self, path: &Path) -> io::Result<()> {
+        match self {
+            Self::Ours => Ok(()),
+            Self::Other(user, group) => chown(path, Some(user.as_raw()), Some(group.as_raw())),
+        }
+    }
+
+    /// Makes a directory that it can write to, and nobody else can read.
+    pub(super) fn directory(self, prefix: &str) -> io::Result<TempDir> {
+        let directory = tempfile::Builder::new().prefix(prefix).tempdir()?;
+        self.own(directory.path())?;
+        Ok(directory)
+    }
+
+    /// Makes the process to come its own.
+    pub(super) fn run(self, command: &mut Command) {
+        if let Self::Other(user, group) = self {
+            command.uid(user.as_raw()).gid(group.as_raw());
+        }
     }
 }
 
@@ -138,6 +211,8 @@ pub(super) enum Seen {
 pub(super) struct Server {
     program: PathBuf,
     arguments: Vec<String>,
+    account: Account,
+    last_rites: &'static str,
     process: Mutex<Option<Process>>,
     // After the process: what it writes to is removed when it is gone.
     directory: TempDir,
@@ -146,7 +221,19 @@ pub(super) struct Server {
 impl Server {
     /// Prepares a server that is to run in `directory`, which is its own and removed with it.
     pub(super) fn new(program: &Program, directory: TempDir, arguments: Vec<String>) -> io::Result<Self> {
-        Ok(Self { program: program.find()?, arguments, process: Mutex::new(None), directory })
+        let (account, process) = (Account::Ours, Mutex::new(None));
+        Ok(Self { program: program.find()?, arguments, account, last_rites: "", process, directory })
+    }
+
+    /// Has it run as somebody else, who can write to its directory.
+    pub(super) fn run_by(self, account: Account) -> Self {
+        Self { account, ..self }
+    }
+
+    /// Has a command of the shell done, in its directory, each time that its processes are gone: it removes what they leave behind
+    /// elsewhere.
+    pub(super) fn with_last_rites(self, last_rites: &'static str) -> Self {
+        Self { last_rites, ..self }
     }
 
     pub(super) fn directory(&self) -> &Path {
@@ -158,7 +245,7 @@ impl Server {
         let mut process = self.process();
         // In this order: only then the port is free.
         drop(process.take());
-        *process = Some(Process::spawn(&self.program, &self.arguments, self.directory())?);
+        *process = Some(Process::spawn(self)?);
         Ok(())
     }
 
@@ -200,29 +287,47 @@ impl Server {
         self.process().as_ref().is_some_and(Process::goes_on)
     }
 
-    /// Stops the process as a whole, and returns once it stands still. Its connections stay open, and it says nothing.
+    /// Stops the process and its children, and returns once they stand still. Their connections stay open, and they say nothing.
     ///
     /// # Errors
     /// `NotConnected` if it does not run.
     pub(super) fn freeze(&self) -> io::Result<()> {
         self.running(|process| {
-            process.signal(Signal::SIGSTOP)?;
-            waitid(Id::Pid(process.id()), WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)?;
-            Ok(())
+            process.stop()?;
+            let children = process.children();
+            signal_all(&children, Signal::SIGSTOP)?;
+            wait_until("the children stand still", || {
+                let moving = children.iter().find(|child| !matches!(state(**child), None | Some('T' | 'Z')));
+                Ok(moving.map_or(Seen::Done, |child| Seen::NotYet(format!("{child} does not"))))
+            })
         })
     }
 
-    /// Lets it go on.
+    /// Lets them go on.
     ///
     /// # Errors
     /// `NotConnected` if it does not run.
     pub(super) fn resume(&self) -> io::Result<()> {
-        self.running(|process| process.signal(Signal::SIGCONT))
+        self.running(Process::resume)
     }
 
-    /// Kills the process, frozen or not, and returns once it is gone. A server that does not run stays so.
+    /// Kills the process and its children, frozen or not, and returns once they are gone. A server that does not run stays so.
     pub(super) fn kill(&self) -> io::Result<()> {
         self.process().take().map_or(Ok(()), |mut process| process.end())
+    }
+
+    /// Sends a signal that tells it to end, frozen or not, and returns once it has. A server that does not run stays so.
+    ///
+    /// # Errors
+    /// `TimedOut` if it did not; it is killed then.
+    pub(super) fn end_by(&self, signal: Signal) -> io::Result<()> {
+        let Some(mut process) = self.process().take() else { return Ok(()) };
+        process.signal(signal)?;
+        process.resume()?;
+        wait_until("the server ends", || {
+            Ok(if process.has_ended()? { Seen::Done } else { Seen::NotYet("it runs".to_owned()) })
+        })?;
+        process.end()
     }
 
     fn running(&self, act: impl FnOnce(&Process) -> io::Result<()>) -> io::Result<()> {
@@ -251,16 +356,22 @@ struct Process {
     child: Child,
     // The way to the watchman, until he is sent home. A child of ours does not inherit it.
     watchman: Option<ChildStdin>,
+    directory: PathBuf,
+    last_rites: &'static str,
 }
 
 impl Process {
-    fn spawn(program: &Path, arguments: &[String], directory: &Path) -> io::Result<Self> {
+    fn spawn(server: &Server) -> io::Result<Self> {
+        let directory = server.directory();
         let log = File::options().create(true).append(true).open(directory.join(LOG))?;
-        let mut child = Command::new("/bin/sh")
+        let mut command = Command::new("/bin/sh");
+        server.account.run(&mut command);
+        let mut child = command
             .args(["-c", KEEPER])
             .arg(directory)
-            .arg(program)
-            .args(arguments)
+            .arg(server.last_rites)
+            .arg(&server.program)
+            .args(&server.arguments)
             .current_dir(directory)
             // Its messages are read here.
             .env("LC_ALL", "C")
@@ -271,7 +382,7 @@ impl Process {
             .process_group(0)
             .spawn()?;
         let watchman = child.stdin.take();
-        Ok(Self { child, watchman })
+        Ok(Self { child, watchman, directory: directory.to_owned(), last_rites: server.last_rites })
     }
 
     fn has_ended(&mut self) -> io::Result<bool> {
@@ -291,18 +402,74 @@ impl Process {
         Ok(kill(self.id(), signal)?)
     }
 
+    /// Returns once it stands still, or has ended.
+    fn stop(&self) -> io::Result<()> {
+        self.signal(Signal::SIGSTOP)?;
+        waitid(Id::Pid(self.id()), WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)?;
+        Ok(())
+    }
+
+    fn resume(&self) -> io::Result<()> {
+        // The children first: once the parent goes on, it can bury one of them, and its number can be another's.
+        signal_all(&self.children(), Signal::SIGCONT)?;
+        self.signal(Signal::SIGCONT)
+    }
+
+    /// Returns the processes that it has forked. The numbers are theirs as long as it stands still.
+    fn children(&self) -> Vec<Pid> {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.id())).into_iter().flatten().flatten();
+        let texts = threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());
+        texts
+            .flat_map(|text| text.split_whitespace().map(str::parse).collect::<Vec<_>>())
+            .flatten()
+            .map(Pid::from_raw)
+            .collect()
+    }
+
     fn id(&self) -> Pid {
         Pid::from_raw(i32::try_from(self.child.id()).expect("the id of a process is a positive i32"))
     }
 
     fn end(&mut self) -> io::Result<()> {
         let Some(mut watchman) = self.watchman.take() else { return Ok(()) };
-        // With everything that it has forked: a server's child goes on writing when the server is gone.
+        // With everything that it has forked, in its group or not: a server's child goes on writing when the server is gone.
+        self.stop()?;
+        let children = self.children();
+        // They first: nobody is to see that the parent is gone, and say so.
+        signal_all(&children, Signal::SIGKILL)?;
         killpg(self.id(), Signal::SIGKILL)?;
         // Between the two: sent home before, the watchman would miss our own end; after, he might find the number reused.
         let _ = watchman.write_all(b"done\n");
-        self.child.wait().map(drop)
+        self.child.wait()?;
+        wait_until("the children are gone", || {
+            let left = children.iter().find(|child| !matches!(state(**child), None | Some('Z')));
+            Ok(left.map_or(Seen::Done, |child| Seen::NotYet(format!("{child} is not"))))
+        })?;
+        if !self.last_rites.is_empty() {
+            let mut shell = Command::new("/bin/sh");
+            shell.args(["-c", self.last_rites]).current_dir(&self.directory);
+            shell.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+        }
+        Ok(())
     }
+}
+
+/// Sends a signal to processes that may be gone meanwhile.
+fn signal_all(processes: &[Pid], signal: Signal) -> io::Result<()> {
+    for process in processes {
+        match kill(*process, signal) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Returns the letter that the kernel has for what a process does, `None` if there is no such process.
+fn state(process: Pid) -> Option<char> {
+    let status = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The name before it may contain anything.
+    status.rsplit_once(") ")?.1.chars().next()
 }
 
 impl Drop for Process {
