@@ -37,16 +37,29 @@ const INITDB: &[&str] = &[
     "--no-instructions",
 ];
 
-/// What is done to a new data directory, a statement a line. What nobody needs is not copied for each server.
-const FIRST: &str = "\
-ALTER DATABASE postgres RENAME TO sessionkit;
-UPDATE pg_database SET datistemplate = false WHERE datname = 'template0';
-DROP DATABASE template0;
+/// What is done to a new data directory: in which database, and what, a statement a line.
+///
+/// One database is all that is copied for each server. A file system can be slow to create files where others were just deleted,
+/// and each database is some hundreds.
+const FIRST: &[(&str, &str)] = &[
+    (
+        "template1",
+        "\
 CREATE ROLE sessionkit LOGIN PASSWORD 'conformance';
+ALTER DATABASE postgres RENAME TO sessionkit;
 ALTER DATABASE sessionkit OWNER TO sessionkit;
-VACUUM FREEZE;
-CHECKPOINT;
-";
+ALTER DATABASE template0 IS_TEMPLATE false;
+DROP DATABASE template0;
+",
+    ),
+    (
+        "sessionkit",
+        "\
+ALTER DATABASE template1 IS_TEMPLATE false;
+DROP DATABASE template1;
+",
+    ),
+];
 
 /// Survives being killed, and not a power failure; answers on the loopback and on a socket in its directory only.
 ///
@@ -94,7 +107,8 @@ impl Postgres {
     /// Starts a server and returns once it answers. Each option is a line of its configuration file, such as
     /// `"idle_in_transaction_session_timeout = 100"`, `"fsync = on"` or `"log_statement = all"`.
     ///
-    /// It has one database, `sessionkit`, which belongs to the user of the same name.
+    /// It has one database, `sessionkit`, which belongs to the user of the same name, and has to be named as the template of
+    /// another.
     ///
     /// # Errors
     /// `NotFound` with the name of the package if PostgreSQL is not installed; with the server's own words if it does not like an
@@ -113,8 +127,7 @@ impl Postgres {
         let account = Account::unprivileged(ACCOUNTS)?;
         let (directory, port) = (account.directory("postgres-")?, Port::free()?);
         let data = directory.path().join(DATA);
-        let recipe = [INITDB, &[FIRST]].concat();
-        Template::of(&program, account, &recipe)?.copy(&data, |empty| initialize(&program, account, empty))?;
+        Template::of(&program, account, (INITDB, FIRST))?.copy(&data, |empty| initialize(&program, account, empty))?;
         let port_line = format!("port = {}", port.number());
         let config = data.join("postgresql.conf");
         fs::write(&config, [&[SETTINGS, &port_line], options].concat().join("\n") + "\n")?;
@@ -245,10 +258,12 @@ fn initialize(program: &Path, account: Account, data: &Path) -> io::Result<()> {
     sql::run(command.args(INITDB).arg("-D").arg(data).current_dir(data), File::open("/dev/null")?)?;
 
     let statements = data.join("first.sql");
-    fs::write(&statements, FIRST)?;
-    let mut command = Command::new(program);
-    account.run(&mut command);
-    command.args(["--single", "-c", "exit_on_error=on", "-c", "fsync=off", "-D"]).arg(data).arg("template1");
-    sql::run(command.current_dir(data), File::open(&statements)?)?;
+    for (database, first) in FIRST {
+        fs::write(&statements, first)?;
+        let mut command = Command::new(program);
+        account.run(&mut command);
+        command.args(["--single", "-c", "exit_on_error=on", "-c", "fsync=off", "-D"]).arg(data).arg(database);
+        sql::run(command.current_dir(data), File::open(&statements)?)?;
+    }
     fs::remove_file(statements)
 }

@@ -21,11 +21,12 @@ pub(super) struct Template {
 impl Template {
     /// Names the one that `program` makes for `account` after this recipe. It lies beside the test executable, and goes when the
     /// target directory is cleaned.
-    pub(super) fn of(program: &Path, account: Account, recipe: &[&str]) -> io::Result<Self> {
+    pub(super) fn of(program: &Path, account: Account, recipe: impl Hash) -> io::Result<Self> {
         let file = fs::metadata(program)?;
         let mut hasher = DefaultHasher::new();
         // The program by its file: asking it for its version would take a process each time.
-        (program, file.len(), file.modified()?, Uid::effective().as_raw(), format!("{account:?}"), recipe).hash(&mut hasher);
+        (program, file.len(), file.modified()?, Uid::effective().as_raw(), format!("{account:?}")).hash(&mut hasher);
+        recipe.hash(&mut hasher);
         let name = program.file_name().unwrap_or_default().display();
         let place = std::env::current_exe()?.with_file_name(format!("{name}-{:016x}", hasher.finish()));
         Ok(Self { place, account })
