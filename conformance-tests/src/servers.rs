@@ -21,7 +21,7 @@
 //! | [`Redis::start`], [`Redis::start_tls`] | one server | 10 to 40 ms |
 //! | [`RedisCluster::start`] | masters and their replicas | 2 s, and a failover 2 to 3 s |
 //! | [`RedisSentinel::start`] | a master, two replicas, three sentinels | 1 s, and a failover 3 s |
-//! | [`Postgres::start`] | one server | 0.1 s, the first time 1 s more |
+//! | [`Postgres::start`], [`MariaDb::start`] | one server | 0.1 s, the first time 1 s more |
 //!
 //! Each of the many servers of a cluster and of the sentinels is a [`Redis`] again, to be frozen, killed and restarted by itself.
 //!
@@ -73,6 +73,8 @@
 //! Nothing here knows what is tested with a server.
 
 mod certificates;
+mod mariadb;
+mod mariadb_wire;
 mod postgres;
 mod postgres_wire;
 mod process;
@@ -83,6 +85,8 @@ mod resp;
 mod sql;
 mod template;
 
+pub use mariadb::MariaDb;
+pub use mariadb_wire::MariaDbConnection;
 pub use postgres::Postgres;
 pub use postgres_wire::PostgresConnection;
 pub use redis::{Monitor, Redis};

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use conformance_tests::servers::{Postgres, Redis, RedisCluster, RedisSentinel};
+use conformance_tests::servers::{MariaDb, Postgres, Redis, RedisCluster, RedisSentinel};
 
 const SOON: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_secs(20);
@@ -461,18 +461,138 @@ fn a_port_that_somebody_else_took_from_postgres_is_told() -> io::Result<()> {
 }
 
 #[test]
+fn mariadb_answers_on_its_port_and_on_its_socket() -> io::Result<()> {
+    let mariadb = MariaDb::start(&[])?;
+    assert_eq!(mariadb.url(), format!("mysql://sessionkit:conformance@{}/sessionkit", mariadb.address()));
+    assert_eq!(mariadb.url_of("a", "b:c"), format!("mysql://a:b%3Ac@{}/sessionkit", mariadb.address()));
+    assert!(mariadb.socket_path().exists());
+    let me = mariadb.query("SELECT current_user(), database(), @@port, @@character_set_server")?;
+    assert_eq!(me, [["root@localhost", "sessionkit", &mariadb.port().to_string(), "utf8mb4"]]);
+    let mut client = TcpStream::connect(mariadb.address())?;
+    client.set_read_timeout(Some(LONG))?;
+    let mut greeting = [0; 40];
+    client.read_exact(&mut greeting)?;
+    assert!(String::from_utf8_lossy(&greeting).contains("-MariaDB"), "{greeting:?}");
+
+    let matches =
+        "SELECT authentication_string = PASSWORD('conformance') FROM mysql.user WHERE user = 'sessionkit' AND host = '%'";
+    assert_eq!(mariadb.query(matches)?, [["1"]]);
+    let nobody = mariadb.query("SELECT count(*) FROM mysql.user WHERE user = ''")?;
+    assert_eq!(nobody, [["0"]], "who names no user is let in");
+    // What it does is done with the rights of that user.
+    let procedure = "CREATE TABLE t (n int); INSERT INTO t VALUES (1); CREATE INDEX i ON t (n)";
+    mariadb.query(&format!("CREATE DEFINER = sessionkit@'%' PROCEDURE p() BEGIN {procedure}; END; CALL p()"))?;
+    assert_eq!(mariadb.query("SELECT * FROM t")?, [["1"]]);
+    mariadb.query("CREATE DEFINER = sessionkit@'%' PROCEDURE q() SELECT count(*) FROM mysql.user")?;
+    let denied = mariadb.query("CALL q()").expect_err("it may not look there");
+    assert!(denied.to_string().starts_with("1142 (42000): SELECT command denied"), "{denied}");
+    Ok(())
+}
+
+#[test]
+fn rows_of_mariadb_come_back_as_text() -> io::Result<()> {
+    let mariadb = MariaDb::start(&[])?;
+    assert_eq!(mariadb.query("CREATE TABLE colors (id int PRIMARY KEY, color text)")?, [[""; 0]; 0]);
+    mariadb.query("INSERT INTO colors VALUES (1, 'grün'), (2, NULL), (3, 'two\\nlines'), (4, '')")?;
+    let rows = mariadb.query("SELECT * FROM colors ORDER BY id; DO 1; SELECT 'more'")?;
+    assert_eq!(rows, [vec!["1", "grün"], vec!["2", ""], vec!["3", "two\nlines"], vec!["4", ""], vec!["more"]]);
+    for length in [250, 251, 70_000, 15 << 20] {
+        let row = mariadb.query(&format!("SELECT '{}', 1", "x".repeat(length)))?;
+        assert_eq!((row[0][0].len(), row[0][1].as_str()), (length, "1"));
+    }
+    mariadb.query("SET GLOBAL max_allowed_packet = 64 << 20")?;
+    for length in [(16 << 20) - 9, (16 << 20) - 5, 16 << 20, 40 << 20] {
+        let row = mariadb.query(&format!("SELECT repeat('x', {length}), 1"))?;
+        assert_eq!((row[0][0].len(), row[0][1].as_str()), (length, "1"));
+    }
+    let mut connection = mariadb.connect()?;
+    let refused =
+        connection.query("INSERT INTO colors VALUES (1, 'red'); DELETE FROM colors").expect_err("the key is there");
+    assert!(refused.to_string().starts_with("1062 (23000): Duplicate entry"), "{refused}");
+    let me = connection.query("SELECT count(*), connection_id() FROM colors")?;
+    assert_eq!(me[0][0], "4");
+    mariadb.query(&format!("KILL {}", me[0][1]))?;
+    connection.query("SELECT 1").expect_err("somebody has ended it");
+    Ok(())
+}
+
+#[test]
+fn an_option_of_mariadb_is_a_line_of_the_configuration() -> io::Result<()> {
+    let mariadb = MariaDb::start(&["innodb_flush_log_at_trx_commit = 1", "max_connections = 20"])?;
+    assert_eq!(mariadb.query("SELECT @@innodb_flush_log_at_trx_commit, @@max_connections")?, [["1", "20"]]);
+    let refused = MariaDb::start(&["plenty = 1"]).expect_err("there is no such option");
+    assert!(refused.to_string().contains("unknown variable 'plenty=1'"), "{refused}");
+    Ok(())
+}
+
+#[test]
+fn a_frozen_mariadb_accepts_and_says_nothing_until_it_goes_on() -> io::Result<()> {
+    let mariadb = Arc::new(MariaDb::start(&[])?);
+    let mut before = mariadb.connect()?;
+    before.query("CREATE TABLE colors (color text); BEGIN")?;
+    mariadb.freeze()?;
+    assert!(!mariadb.is_up());
+    TcpStream::connect(mariadb.address())?;
+    let shared = Arc::clone(&mariadb);
+    assert!(says_nothing(move || drop(shared.query("SELECT 1"))), "a new connection is answered");
+    let asking = std::thread::spawn(move || before.query("INSERT INTO colors VALUES ('green'); COMMIT").map(|_| before));
+    std::thread::sleep(SOON);
+    assert!(!asking.is_finished(), "an old connection is answered");
+    mariadb.resume()?;
+    asking.join().expect("it does not panic")?;
+    assert_eq!(mariadb.query("SELECT * FROM colors")?, [["green"]]);
+    Ok(())
+}
+
+#[test]
+fn a_killed_mariadb_refuses_and_comes_back_at_its_place_with_what_it_has_acknowledged() -> io::Result<()> {
+    let mariadb = MariaDb::start(&[])?;
+    mariadb.query("CREATE TABLE colors (color text)")?;
+    for name in ["killed", "frozen and killed", "restarted", "frozen and restarted"] {
+        let (address, pid) = (mariadb.address(), mariadb.pid());
+        mariadb.query(&format!("INSERT INTO colors VALUES ('{name}')"))?;
+        let mut lost = mariadb.connect()?;
+        lost.query("BEGIN; INSERT INTO colors VALUES ('lost')")?;
+        if name.contains("frozen") {
+            mariadb.freeze()?;
+        }
+        if name.contains("killed") {
+            mariadb.kill()?;
+            mariadb.kill()?;
+            assert_eq!((mariadb.pid(), mariadb.is_up()), (None, false));
+            assert_eq!(TcpStream::connect(address).expect_err("nobody listens").kind(), io::ErrorKind::ConnectionRefused);
+            assert_eq!(mariadb.freeze().expect_err("nobody is there").kind(), io::ErrorKind::NotConnected);
+            assert!(mariadb.query("SELECT 1").is_err());
+        }
+        mariadb.restart()?;
+        lost.query("COMMIT").expect_err("it is another server");
+        assert_eq!(mariadb.address(), address);
+        assert_ne!(mariadb.pid(), pid);
+        let kept = mariadb.query(&format!("SELECT count(*) FROM colors WHERE color IN ('{name}', 'lost')"))?;
+        assert_eq!(kept, [["1"]], "{name}");
+    }
+    mariadb.kill()?;
+    let thief = TcpListener::bind(mariadb.address())?;
+    assert_eq!(mariadb.restart().expect_err("the port is taken").kind(), io::ErrorKind::AddrInUse);
+    drop(thief);
+    mariadb.restart()
+}
+
+#[test]
 fn sql_servers_of_the_same_moment_do_not_meet() -> io::Result<()> {
     let start = |number: usize| {
-        let postgres = Postgres::start(&[])?;
+        let (postgres, mariadb) = (Postgres::start(&[])?, MariaDb::start(&[])?);
         postgres.query(&format!("CREATE TABLE numbers AS SELECT {number} AS number"))?;
-        io::Result::Ok(postgres)
+        mariadb.query(&format!("CREATE TABLE numbers AS SELECT {number} AS number"))?;
+        io::Result::Ok((postgres, mariadb))
     };
     let servers: Vec<_> = std::thread::scope(|threads| {
-        let starting: Vec<_> = (0..6).map(|number| threads.spawn(move || start(number))).collect();
+        let starting: Vec<_> = (0..5).map(|number| threads.spawn(move || start(number))).collect();
         starting.into_iter().map(|thread| thread.join().expect("no start panics")).collect::<io::Result<_>>()
     })?;
-    for (number, postgres) in servers.iter().enumerate() {
+    for (number, (postgres, mariadb)) in servers.iter().enumerate() {
         assert_eq!(postgres.query("SELECT number FROM numbers")?, [[number.to_string()]]);
+        assert_eq!(mariadb.query("SELECT number FROM numbers")?, [[number.to_string()]]);
     }
     Ok(())
 }
@@ -629,6 +749,34 @@ fn nothing_is_left_of_a_postgres_however_its_test_ends() -> io::Result<()> {
     let directory = postgres.directory().to_owned();
     drop(postgres);
     assert!(!family.iter().any(|pid| runs(*pid)) && !directory.exists() && !has_segment(&segment));
+    Ok(())
+}
+
+#[test]
+fn nothing_is_left_of_a_mariadb_whose_test_is_killed() -> io::Result<()> {
+    let test = "nothing_is_left_of_a_mariadb_whose_test_is_killed";
+    if let Ok(part) = std::env::var(PART) {
+        let mariadb = MariaDb::start(&[])?;
+        mariadb.query("CREATE TABLE t (n int)")?;
+        if part.contains("frozen") {
+            mariadb.freeze()?;
+        }
+        tell(&format!("{} {}", mariadb.pid().expect("it runs"), mariadb.directory().display()));
+        loop {
+            std::thread::park();
+        }
+    }
+    for part in ["busy", "frozen"] {
+        let mut parent = start_part(test, part).spawn()?;
+        let words = told(parent.stdout.take().expect("it was piped"));
+        let (pid, directory) = words.split_once(' ').expect("two words");
+        let pid = pid.parse().expect("a number");
+        assert!(runs(pid));
+        parent.kill()?;
+        parent.wait()?;
+        eventually(&format!("{part}: the end of the server"), || !runs(pid));
+        eventually(&format!("{part}: the end of its directory"), || !Path::new(directory).exists());
+    }
     Ok(())
 }
 

@@ -21,10 +21,11 @@ const PROGRAMS: &[Program] = &[
     Program { name: "sh", package: "dash", tests_of: "xtask" },
     Program { name: "redis-server", package: "redis-server", tests_of: "conformance-tests" },
     Program { name: "postgres", package: "postgresql", tests_of: "conformance-tests" },
+    // The server alone, without a service and without a database of its own.
+    Program { name: "mariadbd", package: "mariadb-server-core", tests_of: "conformance-tests" },
     Program { name: "redis-server", package: "redis-server", tests_of: "session-redis" },
     Program { name: "memcached", package: "memcached", tests_of: "session-memcache" },
     Program { name: "postgres", package: "postgresql", tests_of: "session-sql" },
-    // The server alone, without a service and without a database of its own.
     Program { name: "mariadbd", package: "mariadb-server-core", tests_of: "session-sql" },
     Program { name: "php", package: "php-cli", tests_of: "session-php" },
 ];

@@ -4,10 +4,10 @@
 //! Nothing here knows a protocol: a server says what its program needs, and how to ask whether it answers.
 
 use std::cmp::Reverse;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -127,9 +127,10 @@ impl Account {
         }
     }
 
-    /// Makes a directory that it can write to, and nobody else can read.
+    /// Makes a directory that it can read and write, and nobody else.
     pub(super) fn directory(self, prefix: &str) -> io::Result<TempDir> {
-        let directory = tempfile::Builder::new().prefix(prefix).tempdir()?;
+        let only_the_owner = Permissions::from_mode(0o700);
+        let directory = tempfile::Builder::new().prefix(prefix).permissions(only_the_owner).tempdir()?;
         self.own(directory.path())?;
         Ok(directory)
     }

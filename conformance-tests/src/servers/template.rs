@@ -28,7 +28,7 @@ impl Template {
         (program, file.len(), file.modified()?, Uid::effective().as_raw(), format!("{account:?}")).hash(&mut hasher);
         recipe.hash(&mut hasher);
         let name = program.file_name().unwrap_or_default().display();
-        let place = std::env::current_exe()?.with_file_name(format!("{name}-{:016x}", hasher.finish()));
+        let place = std::env::current_exe()?.with_file_name(format!("template-{name}-{:016x}", hasher.finish()));
         Ok(Self { place, account })
     }
 
