@@ -42,13 +42,15 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::handler::{Access, Cursor, Expect, LockInfo, OpenRequest, OpenSession, Page, SessionAdmin, SessionHandler};
+use crate::handler::{Cursor, LockInfo, OpenRequest, OpenSession, Page, SessionAdmin, SessionHandler};
 use crate::id::SessionId;
-use crate::lock::{Held, Lease, LeaseRequest, LeaseToken, SessionLock};
-use crate::record::{Change, Record, WriteId, Written};
-use crate::ttl::Ttl;
+use crate::leased::{
+    Asked, Failed, Found, Granted, Leased, LeasedLock, LeasedStore, Removal, Renewal, Renewed, Step, Then, Verdict, Want,
+};
+use crate::lock::{Lease, LeaseRequest, LeaseToken, SessionLock};
+use crate::record::Record;
 
-use store::{Basis, Found, Granted, Slot, Store, Want, Writer, after};
+use store::{Store, Wanted};
 
 mod store;
 
@@ -77,8 +79,7 @@ const REMEMBER: Duration = Duration::from_secs(60);
 /// ```
 #[derive(Clone)]
 pub struct MemoryHandler {
-    store: Arc<Store>,
-    lock: Arc<dyn SessionLock>,
+    sessions: Leased<Store>,
 }
 
 impl MemoryHandler {
@@ -97,7 +98,7 @@ impl MemoryHandler {
     /// Returns the lock of this store, to be used alone. It excludes the exclusive openings of this handler, too.
     #[must_use]
     pub fn lock(&self) -> MemoryLock {
-        MemoryLock { store: self.store.clone() }
+        MemoryLock { lock: self.sessions.lock() }
     }
 }
 
@@ -146,8 +147,7 @@ impl MemoryBuilder {
     /// Makes the empty store.
     #[must_use]
     pub fn build(self) -> MemoryHandler {
-        let store = Arc::new(Store::new(self));
-        MemoryHandler { lock: Arc::new(MemoryLock { store: store.clone() }), store }
+        MemoryHandler { sessions: Leased::new(Arc::new(Store::new(self))) }
     }
 }
 
@@ -155,40 +155,11 @@ impl MemoryBuilder {
 #[deny(clippy::missing_trait_methods)]
 impl SessionHandler for MemoryHandler {
     async fn open(&self, id: &SessionId, request: &OpenRequest) -> Result<Box<dyn OpenSession>> {
-        let mut opening = MemoryOpening {
-            store: self.store.clone(),
-            lock: self.lock.clone(),
-            id: id.clone(),
-            request: *request,
-            held: None,
-            basis: Basis::Unseen,
-            fetched: None,
-            end: None,
-        };
-        match (request.access, request.expect) {
-            (Access::Destroy, _) | (_, Expect::Fresh) => {}
-            (Access::Exclusive { wait, lease }, expect) => {
-                let token = LeaseToken::random()?;
-                let want = Want { token, lease, existing: expect == Expect::Existing };
-                match self.store.acquire("open", id, want, wait).await? {
-                    Granted::Absent => opening.see(None),
-                    Granted::Locked { clean, found } => {
-                        let lease = Arc::new(Lease::new(id.clone(), token, lease).after_clean_release(clean));
-                        opening.held = Some(Held { lease, lock: self.lock.clone() });
-                        opening.see(Some(found));
-                    }
-                }
-            }
-            (Access::ReadOnly | Access::Optimistic, _) => {
-                let found = self.store.look(id);
-                opening.see(Some(found));
-            }
-        }
-        Ok(Box::new(opening))
+        self.sessions.open(id, request).await
     }
 
     async fn gc(&self, limit: NonZeroU32) -> Result<u64> {
-        Ok(self.store.gc(limit.get()))
+        Ok(self.sessions.store().gc(limit.get()))
     }
 
     fn admin(&self) -> Option<&dyn SessionAdmin> {
@@ -206,15 +177,15 @@ impl SessionAdmin for MemoryHandler {
                     .ok_or_else(|| Error::new(ErrorKind::Config, "list", "the cursor does not come from this store"))?,
             ),
         };
-        Ok(self.store.list(after.as_ref(), limit.get() as usize))
+        Ok(self.sessions.store().list(after.as_ref(), limit.get() as usize))
     }
 
     async fn locks(&self, limit: NonZeroU32) -> Result<Vec<LockInfo>> {
-        Ok(self.store.locks(limit.get() as usize))
+        Ok(self.sessions.store().locks(limit.get() as usize))
     }
 
     async fn unlock(&self, id: &SessionId) -> Result<bool> {
-        Ok(self.store.change(id, |entry, now, options| {
+        Ok(self.sessions.store().decide(id, |entry, now, options| {
             let on = entry.lock_on(now);
             if let Some(token) = entry.lock.as_ref().map(|lock| lock.token) {
                 entry.release(token, false, now, options);
@@ -227,7 +198,7 @@ impl SessionAdmin for MemoryHandler {
 /// The lock of a [`MemoryHandler`], or one of its own: tasks of one process, first come, first served.
 #[derive(Clone)]
 pub struct MemoryLock {
-    store: Arc<Store>,
+    lock: LeasedLock<Store>,
 }
 
 impl MemoryLock {
@@ -254,288 +225,109 @@ impl fmt::Debug for MemoryLock {
 #[deny(clippy::missing_trait_methods)]
 impl SessionLock for MemoryLock {
     async fn acquire(&self, id: &SessionId, request: &LeaseRequest) -> Result<Arc<Lease>> {
-        let want = Want { token: LeaseToken::random()?, lease: request.lease, existing: false };
-        match self.store.acquire("acquire", id, want, request.wait).await? {
-            Granted::Locked { clean, .. } => {
-                Ok(Arc::new(Lease::new(id.clone(), want.token, want.lease).after_clean_release(clean)))
-            }
-            Granted::Absent => unreachable!("only an opener that expects a record is told that there is none"),
-        }
+        self.lock.acquire(id, request).await
     }
 
     async fn renew(&self, leases: &[Arc<Lease>]) -> Vec<Result<()>> {
-        leases.iter().map(|lease| self.store.renew(lease)).collect()
+        self.lock.renew(leases).await
     }
 
     async fn release(&self, lease: &Lease) -> Result<()> {
-        self.store.change(lease.id(), |entry, now, options| entry.release(lease.token(), true, now, options));
-        Ok(())
+        self.lock.release(lease).await
     }
 
     /// Frees the lock at once. It does not count as a clean release: a write of the former holder may still be under way to
     /// whatever store this lock stands before.
     fn abandon(&self, lease: Arc<Lease>) {
-        self.store.change(lease.id(), |entry, now, options| entry.release(lease.token(), false, now, options));
+        self.lock.abandon(lease);
     }
 }
 
-struct MemoryOpening {
-    store: Arc<Store>,
-    lock: Arc<dyn SessionLock>,
-    id: SessionId,
-    request: OpenRequest,
-    held: Option<Held>,
-    basis: Basis,
-    fetched: Option<Option<Record>>,
-    /// Why it can do nothing more: closed, or refused.
-    end: Option<End>,
-}
+impl LeasedStore for Store {
+    type Place = SessionId;
+    type Claim = LeaseToken;
 
-#[derive(Clone, Copy)]
-enum End {
-    Closed,
-    Refused(ErrorKind),
-}
-
-/// What a change leaves of the opening.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Then {
-    Keep,
-    Close,
-}
-
-impl MemoryOpening {
-    /// Takes over what the store answered; `None` if it was answered without looking closer, because there is no record.
-    fn see(&mut self, found: Option<Found>) {
-        let Found { record, mark } = found.unwrap_or_default();
-        self.basis = match (&record, mark) {
-            (Some(_), Some(last)) => Basis::Written(last),
-            (_, mark) if self.request.expect == Expect::Any => Basis::Absent { mark },
-            _ => Basis::Barred,
-        };
-        self.fetched = Some(record);
+    fn place(&self, id: &SessionId) -> SessionId {
+        id.clone()
     }
 
-    fn exclusive(&self) -> Option<Duration> {
-        match self.request.access {
-            Access::Exclusive { lease, .. } => Some(lease),
-            Access::ReadOnly | Access::Optimistic | Access::Destroy => None,
-        }
+    fn claim(&self, _lease: Duration) -> Result<LeaseToken> {
+        LeaseToken::random()
     }
 
-    fn put(&mut self, record: &Record, id: WriteId, then: Then) -> Result<Written> {
-        self.may_write("write")?;
-        let max = self.store.options.max_bytes;
-        if record.data.len() > max {
-            let fact = format!("a payload of {} bytes, at most {max} are allowed", record.data.len());
-            return Err(Error::new(ErrorKind::TooLarge, "write", fact));
-        }
-        if let Some(end) = self.end {
-            // A repeat after a lost answer: the first copy has closed this opening.
-            return match self.store.last_write(&self.id) {
-                Some(last) if last == id => Ok(Written::AlreadyApplied),
-                _ => Err(end.error("write")),
-            };
-        }
-        let data: Arc<[u8]> = record.data.as_slice().into();
-        let first_lease = match self.exclusive() {
-            Some(length) if then == Then::Keep && self.held.is_none() && matches!(self.basis, Basis::Unseen) => {
-                Some(Arc::new(Lease::new(self.id.clone(), LeaseToken::random()?, length).after_clean_release(true)))
+    fn token(claim: &LeaseToken) -> LeaseToken {
+        *claim
+    }
+
+    fn max_bytes(&self) -> usize {
+        self.options.max_bytes
+    }
+
+    async fn acquire(
+        self: &Arc<Self>,
+        operation: &'static str,
+        id: &Arc<SessionId>,
+        want: Want,
+        wait: Duration,
+        lease: Duration,
+    ) -> Result<Granted<LeaseToken>> {
+        let wanted = Wanted { token: LeaseToken::random()?, lease, existing: want == Want::Existing };
+        self.take(operation, id, wanted, wait).await
+    }
+
+    async fn look(&self, _operation: &'static str, id: &SessionId) -> Result<Found, Failed> {
+        Ok(self.found(id))
+    }
+
+    async fn change(&self, id: &SessionId, step: &Step<'_, LeaseToken>) -> Asked<Verdict> {
+        let verdict = self.decide(id, |entry, now, options| {
+            let verdict = entry.judge(step, now, options);
+            if verdict == Verdict::Applied {
+                entry.apply(&step.action, now);
             }
-            _ => None,
-        };
-        let writer = self.writer();
-        let (outcome, locked) = self.store.change(&self.id, |entry, now, options| {
-            let outcome = entry.judge(&writer, Some(id), now, options);
-            if outcome == Ok(Written::Applied) {
-                entry.slot = Slot::Record { data, deadline: after(now, record.ttl.as_duration()), last: id };
-            }
-            let locked = match &first_lease {
-                Some(lease) if outcome.is_ok() && !entry.lock_on(now) => {
-                    entry.take(lease.token(), lease.length(), now);
-                    true
+            let in_force = matches!(verdict, Verdict::Applied | Verdict::AlreadyApplied);
+            match (step.claim, step.lease) {
+                (Some(token), Some(lease)) if in_force && step.takes() && !entry.lock_on(now) => {
+                    entry.take(*token, lease, now)
                 }
-                _ => false,
-            };
-            entry.leave_open_only_if(then == Then::Keep && outcome.is_ok(), &writer, now, options);
-            (outcome, locked)
-        });
-        if let Some(lease) = first_lease.filter(|_| locked) {
-            self.held = Some(Held { lease, lock: self.lock.clone() });
-        }
-        if outcome.is_ok() {
-            self.basis = Basis::Written(id);
-        }
-        self.settle("write", outcome, then)
-    }
-
-    fn move_deadline(&mut self, ttl: Ttl, then: Then) -> Result<Written> {
-        self.may_write("touch")?;
-        if let Some(end) = self.end {
-            return Err(end.error("touch"));
-        }
-        let writer = self.writer();
-        let outcome = self.store.change(&self.id, |entry, now, options| {
-            let outcome = match writer.basis {
-                Basis::Written(_) => entry.judge(&writer, None, now, options),
-                Basis::Unseen | Basis::Absent { .. } | Basis::Barred => Err(ErrorKind::Gone),
-            };
-            if let (Ok(_), Slot::Record { deadline, .. }) = (outcome, &mut entry.slot) {
-                *deadline = after(now, ttl.as_duration());
+                (Some(token), _) if verdict == Verdict::Gone || in_force && step.then == Then::Close => {
+                    entry.release(*token, true, now, options);
+                }
+                _ => {}
             }
-            entry.leave_open_only_if(then == Then::Keep && outcome.is_ok(), &writer, now, options);
-            outcome
+            verdict
         });
-        self.settle("touch", outcome, then)
+        Asked { answer: Ok(verdict), repeated: false }
     }
 
-    fn remove(&mut self, then: Then) -> Result<Option<Record>> {
-        if self.request.access == Access::ReadOnly {
-            return Err(Error::new(ErrorKind::Unsupported, "destroy", "the session was opened to be read only"));
-        }
-        let mark = WriteId::random()?;
-        let writer = self.writer();
-        let removed = self.store.change(&self.id, |entry, now, options| {
-            let removed = entry.found(now).record;
-            entry.destroy(mark, now, options);
-            entry.leave_open_only_if(then == Then::Keep, &writer, now, options);
+    async fn remove(&self, id: &SessionId, step: &Removal<'_, LeaseToken>) -> Asked<Option<Record>> {
+        let removed = self.decide(id, |entry, now, options| {
+            let removed = match entry.found(now) {
+                Found::Live { record, .. } => Some(record),
+                Found::Absent | Found::Buried { .. } => None,
+            };
+            entry.destroy(step, now, options);
+            if let (Some(token), Then::Close) = (step.claim, step.then) {
+                entry.release(*token, true, now, options);
+            }
             removed
         });
-        self.fetched = None;
-        self.basis = Basis::Barred;
-        if then == Then::Close {
-            self.ended(End::Closed);
-        }
-        Ok(removed)
+        Asked { answer: Ok(removed), repeated: false }
     }
 
-    fn give_back(&mut self) {
-        if let Some(held) = self.held.take() {
-            let token = held.lease.token();
-            self.store.change(&self.id, |entry, now, options| entry.release(token, true, now, options));
-        }
-        self.ended(End::Closed);
+    async fn renew(&self, leases: &[Renewal<SessionId>]) -> Vec<Result<Renewed, Failed>> {
+        let renew =
+            |lease: &Renewal<SessionId>| self.decide(&lease.place, |entry, now, options| entry.renew(lease, now, options));
+        leases.iter().map(|lease| Ok(renew(lease))).collect()
     }
 
-    fn may_write(&self, operation: &'static str) -> Result<()> {
-        let fact = match self.request.access {
-            Access::Exclusive { .. } | Access::Optimistic => return Ok(()),
-            Access::ReadOnly => "the session was opened to be read only",
-            Access::Destroy => "the session was opened to be destroyed only",
-        };
-        Err(Error::new(ErrorKind::Unsupported, operation, fact))
-    }
-
-    fn writer(&self) -> Writer {
-        let token = self.held.as_ref().map(|held| held.lease.token());
-        Writer { exclusive: self.exclusive().is_some(), token, basis: self.basis }
-    }
-
-    /// Draws the consequences of an outcome that the store has already drawn for the lock.
-    fn settle(&mut self, operation: &'static str, outcome: Result<Written, ErrorKind>, then: Then) -> Result<Written> {
-        match outcome {
-            Ok(written) => {
-                // What the open fetched is older than what is there now.
-                self.fetched = None;
-                if then == Then::Close {
-                    self.ended(End::Closed);
-                }
-                Ok(written)
-            }
-            Err(kind) => {
-                self.ended(End::Refused(kind));
-                Err(End::Refused(kind).error(operation))
-            }
-        }
-    }
-
-    fn ended(&mut self, end: End) {
-        self.held = None;
-        self.fetched = None;
-        self.end.get_or_insert(end);
-    }
-}
-
-impl End {
-    fn error(self, operation: &'static str) -> Error {
-        let (kind, fact) = match self {
-            Self::Closed => (ErrorKind::Unsupported, "the session is closed"),
-            Self::Refused(kind @ ErrorKind::Fenced) => (kind, "another request took the session over"),
-            Self::Refused(kind @ ErrorKind::Gone) => (kind, "the session is no longer there"),
-            Self::Refused(kind) => (kind, "another request wrote or holds the session"),
-        };
-        Error::new(kind, operation, fact)
-    }
-}
-
-#[async_trait]
-#[deny(clippy::missing_trait_methods)]
-impl OpenSession for MemoryOpening {
-    async fn read(&mut self) -> Result<Option<Record>> {
-        if self.request.access == Access::Destroy {
-            return Err(Error::new(ErrorKind::Unsupported, "read", "the session was opened to be destroyed only"));
-        }
-        if let Some(end) = self.end {
-            return Err(end.error("read"));
-        }
-        if let Some(fetched) = self.fetched.take() {
-            return Ok(fetched);
-        }
-        let found = self.store.look(&self.id);
-        // A fresh id stays fresh, whatever is there, and an exclusive opening that was refused its lock never gets to write.
-        let stays = matches!(self.basis, Basis::Unseen) || (self.exclusive().is_some() && self.held.is_none());
-        let basis = self.basis;
-        self.see(Some(found));
-        if stays {
-            self.basis = basis;
-        }
-        Ok(self.fetched.take().flatten())
-    }
-
-    async fn write(&mut self, record: &Record, id: WriteId) -> Result<Written> {
-        self.put(record, id, Then::Keep)
-    }
-
-    async fn destroy(&mut self) -> Result<Option<Record>> {
-        self.remove(Then::Keep)
-    }
-
-    async fn close(&mut self) -> Result<()> {
-        self.give_back();
+    async fn release(&self, _operation: &'static str, id: &SessionId, token: LeaseToken) -> Result<(), Failed> {
+        self.decide(id, |entry, now, options| entry.release(token, true, now, options));
         Ok(())
     }
 
-    async fn touch(&mut self, ttl: Ttl) -> Result<Written> {
-        self.move_deadline(ttl, Then::Keep)
-    }
-
-    async fn save(&mut self, change: &Change, id: WriteId) -> Result<Written> {
-        match change {
-            Change::Write(record) => self.put(record, id, Then::Close),
-            Change::Touch(ttl) => self.move_deadline(*ttl, Then::Close),
-            Change::Destroy => self.remove(Then::Close).map(|_| Written::Applied),
-            Change::Nothing => {
-                self.give_back();
-                Ok(Written::Applied)
-            }
-        }
-    }
-
-    fn held(&self) -> Option<&Held> {
-        self.held.as_ref()
-    }
-}
-
-impl Drop for MemoryOpening {
-    // No call of this handler is ever under way when its opening is dropped, so this is as clean as a close.
-    fn drop(&mut self) {
-        self.give_back();
-    }
-}
-
-impl fmt::Debug for MemoryOpening {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MemoryOpening").field("request", &self.request).finish_non_exhaustive()
+    fn release_later(self: &Arc<Self>, id: &Arc<SessionId>, token: LeaseToken, clean: bool) {
+        self.decide(id, |entry, now, options| entry.release(token, clean, now, options));
     }
 }
 

@@ -3,6 +3,7 @@
 //! It knows entries and instants; what an opening may ask for is the business of the module above.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::ops::Bound;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,24 +16,12 @@ use super::MemoryBuilder;
 use crate::error::{Error, ErrorKind, Holder, Result};
 use crate::handler::{Cursor, LockInfo, Page, SessionInfo};
 use crate::id::SessionId;
-use crate::lock::{Lease, LeaseToken};
-use crate::record::{Record, WriteId, Written};
+use crate::leased::{Action, Basis, Found, Granted, Removal, Renewal, Renewed, Step, Verdict};
+use crate::lock::LeaseToken;
+use crate::record::{Record, WriteId};
 use crate::ttl::Ttl;
 
 pub(super) const SHARDS: usize = 16;
-
-/// What an opening goes by when it writes.
-#[derive(Clone, Copy)]
-pub(super) enum Basis {
-    /// It has not looked, because the id is fresh.
-    Unseen,
-    /// It found nothing; `mark` names the destroyed or expired record whose trace was there, if one was.
-    Absent { mark: Option<WriteId> },
-    /// It found the record that this write left.
-    Written(WriteId),
-    /// It found nothing where it had expected something, so there is nothing that it may write.
-    Barred,
-}
 
 /// All entries, in shards that are locked for the length of one decision and never across an await.
 pub(super) struct Store {
@@ -86,41 +75,28 @@ pub(super) struct Lock {
 }
 
 pub(super) struct Waiter {
-    want: Want,
+    want: Wanted,
     wake: Arc<Notify>,
 }
 
 /// What somebody who locks asks for.
 #[derive(Clone, Copy)]
-pub(super) struct Want {
+pub(super) struct Wanted {
     pub(super) token: LeaseToken,
     pub(super) lease: Duration,
     /// Whether there is nothing to wait for once the record is gone.
     pub(super) existing: bool,
 }
 
-pub(super) enum Granted {
-    Absent,
-    Locked { clean: bool, found: Found },
-}
-
 pub(super) enum Attempt {
-    Granted(Granted),
+    Granted(Granted<LeaseToken>),
     Busy { since: Instant, until: Instant },
 }
 
-/// What a look at an id finds: a record with its last write, or the trace of one, or nothing.
-#[derive(Default)]
-pub(super) struct Found {
-    pub(super) record: Option<Record>,
-    pub(super) mark: Option<WriteId>,
-}
-
-/// Who wants to write, and going by what.
-pub(super) struct Writer {
-    pub(super) exclusive: bool,
-    pub(super) token: Option<LeaseToken>,
-    pub(super) basis: Basis,
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("options", &self.options).finish_non_exhaustive()
+    }
 }
 
 impl Store {
@@ -143,7 +119,7 @@ impl Store {
     }
 
     /// Makes one decision about `id`: the atomic step of this store.
-    pub(super) fn change<T>(&self, id: &SessionId, decide: impl FnOnce(&mut Entry, Instant, &MemoryBuilder) -> T) -> T {
+    pub(super) fn decide<T>(&self, id: &SessionId, decide: impl FnOnce(&mut Entry, Instant, &MemoryBuilder) -> T) -> T {
         let mut shard = self.shard(self.shard_of(id));
         let now = Instant::now();
         let entry = shard.entries.entry(id.clone()).or_default();
@@ -152,23 +128,18 @@ impl Store {
         decision
     }
 
-    pub(super) fn look(&self, id: &SessionId) -> Found {
+    pub(super) fn found(&self, id: &SessionId) -> Found {
         let shard = self.shard(self.shard_of(id));
-        shard.entries.get(id).map_or_else(Found::default, |entry| entry.found(Instant::now()))
+        shard.entries.get(id).map_or(Found::Absent, |entry| entry.found(Instant::now()))
     }
 
-    pub(super) fn last_write(&self, id: &SessionId) -> Option<WriteId> {
-        let found = self.look(id);
-        found.mark.filter(|_| found.record.is_some())
-    }
-
-    pub(super) async fn acquire(
+    pub(super) async fn take(
         &self,
         operation: &'static str,
         id: &SessionId,
-        want: Want,
+        want: Wanted,
         wait: Duration,
-    ) -> Result<Granted> {
+    ) -> Result<Granted<LeaseToken>> {
         let began = Instant::now();
         let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
         if wait.is_zero() {
@@ -199,8 +170,8 @@ impl Store {
     }
 
     /// Tries once, and takes a place in the queue if it is given something to be woken by.
-    fn attempt(&self, id: &SessionId, want: Want, ticket: u64, wake: Option<&Arc<Notify>>) -> Attempt {
-        self.change(id, |entry, now, options| {
+    fn attempt(&self, id: &SessionId, want: Wanted, ticket: u64, wake: Option<&Arc<Notify>>) -> Attempt {
+        self.decide(id, |entry, now, options| {
             if want.existing && !entry.is_live(now) {
                 entry.leave(ticket, want.token, now, options);
                 return Attempt::Granted(Granted::Absent);
@@ -223,28 +194,7 @@ impl Store {
             }
             entry.keep_alive(want.lease, now);
             let clean = entry.lock.as_ref().is_some_and(|lock| lock.clean);
-            Attempt::Granted(Granted::Locked { clean, found: entry.found(now) })
-        })
-    }
-
-    pub(super) fn renew(&self, lease: &Lease) -> Result<()> {
-        self.change(lease.id(), |entry, now, options| {
-            if let Slot::Record { deadline, .. } = entry.slot
-                && deadline <= now
-            {
-                return Err(Error::new(ErrorKind::Gone, "renew", "the session has expired"));
-            }
-            match &mut entry.lock {
-                Some(lock) if lock.token == lease.token() && (lock.until > now || !options.strict_expiry) => {
-                    lock.until = after(now, lease.length());
-                    entry.keep_alive(lease.length(), now);
-                    Ok(())
-                }
-                _ => {
-                    lease.mark_lost();
-                    Err(Error::new(ErrorKind::Fenced, "renew", "the lease has ended"))
-                }
-            }
+            Attempt::Granted(Granted::Locked { claim: want.token, found: entry.found(now), clean })
         })
     }
 
@@ -355,55 +305,76 @@ impl Entry {
 
     pub(super) fn found(&self, now: Instant) -> Found {
         match &self.slot {
-            Slot::Record { data, deadline, last } => {
-                let left = deadline.saturating_duration_since(now);
-                let record = (!left.is_zero()).then(|| Record::new(data.to_vec(), Ttl::new(left)));
-                Found { record, mark: Some(*last) }
+            Slot::Record { data, deadline, last } if *deadline > now => {
+                Found::Live { last: *last, record: Record::new(data.to_vec(), Ttl::new(*deadline - now)) }
             }
-            Slot::Tombstone { until, mark } if *until > now => Found { record: None, mark: Some(*mark) },
-            Slot::Tombstone { .. } | Slot::Empty => Found::default(),
+            Slot::Record { last: mark, .. } => Found::Buried { mark: *mark },
+            Slot::Tombstone { until, mark } if *until > now => Found::Buried { mark: *mark },
+            Slot::Tombstone { .. } | Slot::Empty => Found::Absent,
         }
     }
 
-    /// Says whether `writer` may write, and nothing changes: the fence. `id` is `None` for a touch.
-    pub(super) fn judge(
-        &self,
-        writer: &Writer,
-        id: Option<WriteId>,
-        now: Instant,
-        options: &MemoryBuilder,
-    ) -> Result<Written, ErrorKind> {
-        let refused = if writer.exclusive { ErrorKind::Fenced } else { ErrorKind::Conflict };
+    pub(super) fn renew(&mut self, lease: &Renewal<SessionId>, now: Instant, options: &MemoryBuilder) -> Renewed {
+        if lease.protects && !self.is_live(now) {
+            return Renewed::Gone;
+        }
+        match &mut self.lock {
+            Some(lock) if lock.token == lease.token && (lock.until > now || !options.strict_expiry) => {
+                lock.until = after(now, lease.length);
+                self.keep_alive(lease.length, now);
+                Renewed::Renewed
+            }
+            _ => Renewed::Ended,
+        }
+    }
+
+    pub(super) fn judge(&self, step: &Step<'_, LeaseToken>, now: Instant, options: &MemoryBuilder) -> Verdict {
         let (live, trace, buried) = match self.slot {
             Slot::Record { deadline, last, .. } if deadline > now => (Some(last), None, false),
             Slot::Record { last, .. } => (None, Some(last), false),
             Slot::Tombstone { until, mark } if until > now => (None, Some(mark), true),
             Slot::Tombstone { .. } | Slot::Empty => (None, None, false),
         };
+        let (id, writes) = match step.action {
+            Action::Write { id, .. } => (Some(id), true),
+            Action::Touch { .. } => (None, false),
+        };
         if live.is_some() && live == id {
-            return Ok(Written::AlreadyApplied);
+            return Verdict::AlreadyApplied;
         }
-        let own = self.lock.as_ref().filter(|lock| Some(lock.token) == writer.token);
+        let exclusive = step.lease.is_some();
+        let own = self.lock.as_ref().filter(|lock| Some(&lock.token) == step.claim);
         let foreign = own.is_none() && self.lock_on(now);
-        match writer.basis {
-            Basis::Barred => return Err(ErrorKind::Gone),
-            Basis::Written(_) if live.is_none() => return Err(ErrorKind::Gone),
-            Basis::Written(prev) if live != Some(prev) || foreign => return Err(refused),
+        match step.basis {
+            Basis::Written(_) if live.is_none() => return Verdict::Gone,
+            Basis::Written(prev) if live != Some(prev) || foreign => return Verdict::Refused,
             Basis::Written(_) => {}
-            Basis::Absent { .. } if writer.exclusive && live.is_some() => return Err(refused),
+            // There is nothing whose deadline could be moved.
+            Basis::Absent { .. } | Basis::Unseen if !writes => return Verdict::Gone,
+            Basis::Absent { .. } if exclusive && live.is_some() => return Verdict::Refused,
             // Something was created and has ended since, so the id is not as absent as it was found.
-            Basis::Absent { mark } if writer.exclusive && trace.is_some() && trace != mark => return Err(ErrorKind::Gone),
-            Basis::Absent { .. } if writer.exclusive && own.is_none() => return Err(refused),
-            Basis::Absent { .. } if writer.exclusive => {}
+            Basis::Absent { mark } if exclusive && trace.is_some() && trace != mark => return Verdict::Gone,
+            Basis::Absent { .. } if exclusive && own.is_none() => return Verdict::Refused,
+            Basis::Absent { .. } if exclusive => {}
             // The repeat of a create whose record has expired meanwhile must not create it anew.
-            Basis::Absent { .. } | Basis::Unseen if trace.is_some() && trace == id => return Err(ErrorKind::Gone),
-            Basis::Absent { .. } | Basis::Unseen if live.is_some() || buried || foreign => return Err(ErrorKind::Conflict),
-            Basis::Absent { .. } | Basis::Unseen => return Ok(Written::Applied),
+            Basis::Absent { .. } | Basis::Unseen if trace.is_some() && trace == id => return Verdict::Gone,
+            Basis::Absent { .. } | Basis::Unseen if live.is_some() || buried || foreign => return Verdict::Refused,
+            Basis::Absent { .. } | Basis::Unseen => return Verdict::Applied,
         }
-        if options.strict_expiry && writer.exclusive && own.is_none_or(|lock| lock.until <= now) {
-            return Err(refused);
+        if options.strict_expiry && exclusive && own.is_none_or(|lock| lock.until <= now) {
+            return Verdict::Refused;
         }
-        Ok(Written::Applied)
+        Verdict::Applied
+    }
+
+    pub(super) fn apply(&mut self, action: &Action<'_>, now: Instant) {
+        match (action, &mut self.slot) {
+            (Action::Write { id, data, ttl }, slot) => {
+                *slot = Slot::Record { data: (*data).into(), deadline: after(now, ttl.as_duration()), last: *id };
+            }
+            (Action::Touch { ttl }, Slot::Record { deadline, .. }) => *deadline = after(now, ttl.as_duration()),
+            (Action::Touch { .. }, Slot::Tombstone { .. } | Slot::Empty) => {}
+        }
     }
 
     pub(super) fn take(&mut self, token: LeaseToken, length: Duration, now: Instant) {
@@ -429,13 +400,6 @@ impl Entry {
         }
     }
 
-    /// Gives the lock of `writer` back unless it goes on.
-    pub(super) fn leave_open_only_if(&mut self, keep: bool, writer: &Writer, now: Instant, options: &MemoryBuilder) {
-        if let Some(token) = writer.token.filter(|_| !keep) {
-            self.release(token, true, now, options);
-        }
-    }
-
     /// Takes a waiter out, and what was handed to him meanwhile.
     fn leave(&mut self, ticket: u64, token: LeaseToken, now: Instant, options: &MemoryBuilder) {
         self.waiters.remove(&ticket);
@@ -445,11 +409,11 @@ impl Entry {
         }
     }
 
-    pub(super) fn destroy(&mut self, mark: WriteId, now: Instant, options: &MemoryBuilder) {
+    pub(super) fn destroy(&mut self, step: &Removal<'_, LeaseToken>, now: Instant, options: &MemoryBuilder) {
         let lease = self.lock.as_ref().map(|lock| lock.length);
-        if !matches!(self.slot, Slot::Empty) || lease.is_some() {
-            let stay = options.remember.max(lease.unwrap_or_default().saturating_mul(2));
-            self.slot = Slot::Tombstone { until: after(now, stay), mark };
+        if step.trace || !matches!(self.slot, Slot::Empty) || lease.is_some() {
+            let stay = options.remember.max(lease.unwrap_or_default().max(step.lease).saturating_mul(2));
+            self.slot = Slot::Tombstone { until: after(now, stay), mark: step.mark };
         }
         for waiter in self.waiters.values().filter(|waiter| waiter.want.existing) {
             waiter.wake.notify_one();
@@ -502,7 +466,7 @@ struct Place<'a> {
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         if self.waiting {
-            self.store.change(self.id, |entry, now, options| entry.leave(self.ticket, self.token, now, options));
+            self.store.decide(self.id, |entry, now, options| entry.leave(self.ticket, self.token, now, options));
         }
     }
 }

@@ -1,7 +1,11 @@
 //! Each rule of the contract, on the store that is its specification.
 
-use super::store::SHARDS;
+use super::store::{SHARDS, Slot};
 use super::*;
+use crate::error::ErrorKind;
+use crate::handler::Expect;
+use crate::record::{Change, WriteId, Written};
+use crate::ttl::Ttl;
 use std::future::Future;
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
@@ -47,7 +51,7 @@ async fn destroy(handler: &MemoryHandler, id: &SessionId) -> Option<Record> {
 }
 
 fn entries(handler: &MemoryHandler) -> (usize, usize) {
-    let shards = (0..SHARDS).map(|n| handler.store.shard(n));
+    let shards = (0..SHARDS).map(|n| handler.sessions.store().shard(n));
     shards.fold((0, 0), |(entries, due), shard| (entries + shard.entries.len(), due + shard.due.len()))
 }
 
@@ -545,7 +549,7 @@ async fn gc_counts_expired_records_and_leaves_held_and_live_ones() {
     let lock = handler.lock();
     // Of the lock alone: an opening would prolong the record.
     let lease = lock.acquire(&held, &LeaseRequest { wait: Duration::ZERO, lease: LEASE }).await.unwrap();
-    handler.store.change(&held, |entry, now, _| match &mut entry.slot {
+    handler.sessions.store().decide(&held, |entry, now, _| match &mut entry.slot {
         Slot::Record { deadline, .. } => *deadline = now,
         Slot::Empty | Slot::Tombstone { .. } => unreachable!(),
     });
