@@ -720,6 +720,9 @@ fn nothing_is_left_of_a_postgres_however_its_test_ends() -> io::Result<()> {
         if part.contains("frozen") {
             postgres.freeze()?;
         }
+        if part.contains("server killed") {
+            postgres.kill()?;
+        }
         tell(&format!("{segment} {} {family:?}", postgres.directory().display()));
         if part.contains("exits") {
             std::process::exit(0);
@@ -728,15 +731,16 @@ fn nothing_is_left_of_a_postgres_however_its_test_ends() -> io::Result<()> {
             std::thread::park();
         }
     }
-    for part in ["killed", "killed, server frozen", "exits"] {
+    for part in ["killed", "killed, server frozen", "killed, server killed", "exits"] {
         let mut parent = start_part("nothing_is_left_of_a_postgres_however_its_test_ends", part).spawn()?;
         let words = told(parent.stdout.take().expect("it was piped"));
         let [segment, directory, family] = words.splitn(3, ' ').collect::<Vec<_>>()[..] else { panic!("told {words}") };
         let family: Vec<u32> =
             family.trim_matches(['[', ']']).split(", ").map(|pid| pid.parse().expect("a number")).collect();
         if part.contains("killed") {
+            assert!(Path::new(directory).exists());
             // Others may be just ending: each question has a process of its own.
-            assert!(runs(family[0]), "{part}: it does not run");
+            assert_ne!(runs(family[0]), part.contains("server killed"), "{part}");
             parent.kill()?;
         }
         parent.wait()?;

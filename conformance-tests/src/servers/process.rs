@@ -11,7 +11,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -36,7 +36,8 @@ const STARTS: usize = 10;
 
 /// What stands between a server and its orphanhood. The shell becomes the server, so that the server is our own child. Before
 /// that it leaves a watchman behind, who reads from a pipe of which only we have the other end: a line means that the server is
-/// gone and buried, the end of the pipe that we are. `$0` is the directory, `$1` the [last rites](Server::with_last_rites).
+/// gone and buried, another one that its directory is gone too, and the end of the pipe that we are. `$0` is the directory, `$1` the
+/// [last rites](Server::with_last_rites).
 ///
 /// The watchman has a session of his own. The process group of the server can be killed without him; and when a group with
 /// stopped members loses its last parent outside, the kernel sends it a hang-up, which would take him before he has killed a server
@@ -49,9 +50,12 @@ exec 3<&0 </dev/null
 rites=$1
 shift
 ( setsid sh -c '
-    read -r word && exit
-    kill -s STOP "$1"
-    for process in $(cat /proc/"$1"/task/*/children) -"$1"; do kill -s KILL -- "$process"; done
+    if read -r word; then
+        read -r word && exit
+    else
+        kill -s STOP "$1"
+        for process in $(cat /proc/"$1"/task/*/children) -"$1"; do kill -s KILL -- "$process"; done
+    fi
     eval "$2"
     rm -rf -- "$0" || { sleep 1; rm -rf -- "$0"; }
 ' "$0" $$ "$rites" <&3 3<&- & )
@@ -217,13 +221,15 @@ pub(super) struct Server {
     process: Mutex<Option<Process>>,
     // After the process: what it writes to is removed when it is gone.
     directory: TempDir,
+    // At last: until then somebody else has to remove it if we end.
+    watchman: Mutex<Option<Arc<Watchman>>>,
 }
 
 impl Server {
     /// Prepares a server that is to run in `directory`, which is its own and removed with it.
     pub(super) fn new(program: &Program, directory: TempDir, arguments: Vec<String>) -> io::Result<Self> {
-        let (account, process) = (Account::Ours, Mutex::new(None));
-        Ok(Self { program: program.find()?, arguments, account, last_rites: "", process, directory })
+        let (account, process, watchman) = (Account::Ours, Mutex::default(), Mutex::default());
+        Ok(Self { program: program.find()?, arguments, account, last_rites: "", process, directory, watchman })
     }
 
     /// Has it run as somebody else, who can write to its directory.
@@ -246,7 +252,9 @@ impl Server {
         let mut process = self.process();
         // In this order: only then the port is free.
         drop(process.take());
-        *process = Some(Process::spawn(self)?);
+        let new = Process::spawn(self)?;
+        *self.watchman.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&new.watchman));
+        *process = Some(new);
         Ok(())
     }
 
@@ -259,7 +267,7 @@ impl Server {
         let name = self.program.file_name().unwrap_or_default().display();
         loop {
             // Looked at first: a server that has ended cannot begin to answer.
-            let ended = self.process().as_mut().map_or(Ok(true), Process::has_ended)?;
+            let ended = self.process().as_ref().map_or(Ok(true), Process::is_over)?;
             if !ended && answers().unwrap_or(false) {
                 return Ok(());
             }
@@ -326,7 +334,7 @@ impl Server {
         process.signal(signal)?;
         process.resume()?;
         wait_until("the server ends", || {
-            Ok(if process.has_ended()? { Seen::Done } else { Seen::NotYet("it runs".to_owned()) })
+            Ok(if process.is_over()? { Seen::Done } else { Seen::NotYet("it runs".to_owned()) })
         })?;
         process.end()
     }
@@ -351,12 +359,29 @@ impl Server {
 
 const LOG: &str = "log";
 
+/// The way to the watchman. A child of ours does not inherit it.
+#[derive(Debug)]
+struct Watchman(ChildStdin);
+
+impl Watchman {
+    fn tell(&self, word: &str) {
+        // If he is gone there is nobody to tell.
+        let _ = writeln!(&self.0, "{word}");
+    }
+}
+
+impl Drop for Watchman {
+    fn drop(&mut self) {
+        self.tell("done");
+    }
+}
+
 /// A process of a server that does not outlive this value.
 #[derive(Debug)]
 struct Process {
     child: Child,
-    // The way to the watchman, until he is sent home. A child of ours does not inherit it.
-    watchman: Option<ChildStdin>,
+    has_ended: bool,
+    watchman: Arc<Watchman>,
     directory: PathBuf,
     last_rites: &'static str,
 }
@@ -382,11 +407,12 @@ impl Process {
             // What a terminal or a test runner sends to our group is meant for us; the server ends after us, at once.
             .process_group(0)
             .spawn()?;
-        let watchman = child.stdin.take();
-        Ok(Self { child, watchman, directory: directory.to_owned(), last_rites: server.last_rites })
+        let watchman = Arc::new(Watchman(child.stdin.take().expect("it was piped")));
+        let (directory, last_rites) = (directory.to_owned(), server.last_rites);
+        Ok(Self { child, has_ended: false, watchman, directory, last_rites })
     }
 
-    fn has_ended(&mut self) -> io::Result<bool> {
+    fn is_over(&self) -> io::Result<bool> {
         // Without burying it: the watchman still knows it by its number.
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
         Ok(waitid(Id::Pid(self.id()), flags)? != WaitStatus::StillAlive)
@@ -432,15 +458,17 @@ impl Process {
     }
 
     fn end(&mut self) -> io::Result<()> {
-        let Some(mut watchman) = self.watchman.take() else { return Ok(()) };
+        if std::mem::replace(&mut self.has_ended, true) {
+            return Ok(());
+        }
         // With everything that it has forked, in its group or not: a server's child goes on writing when the server is gone.
         self.stop()?;
         let children = self.children();
         // They first: nobody is to see that the parent is gone, and say so.
         signal_all(&children, Signal::SIGKILL)?;
         killpg(self.id(), Signal::SIGKILL)?;
-        // Between the two: sent home before, the watchman would miss our own end; after, he might find the number reused.
-        let _ = watchman.write_all(b"done\n");
+        // Between the two: told before, the watchman would miss our own end; after, he might find the number reused.
+        self.watchman.tell("buried");
         self.child.wait()?;
         wait_until("the children are gone", || {
             let left = children.iter().find(|child| !matches!(state(**child), None | Some('Z')));
