@@ -85,6 +85,14 @@ pub struct Member<Op> {
     pub skipped: bool,
 }
 
+impl<Op> Member<Op> {
+    /// Makes a member that is sent for the first time.
+    #[must_use]
+    pub const fn new(op: Op) -> Self {
+        Self { op, repeat: false, skipped: false }
+    }
+}
+
 /// What a batch says of one member.
 #[derive(Debug)]
 #[allow(clippy::exhaustive_enums, reason = "either there is an outcome or there is none yet")]
@@ -259,7 +267,7 @@ impl<B: Batch> Shared<B> {
             state.in_flight += 1;
             state.sessions.insert(key.clone(), VecDeque::new());
             drop(state);
-            let member = Member { op, repeat: false, skipped: false };
+            let member = Member::new(op);
             let place = Place { shared: Arc::clone(shared), key, flight: true };
             return Entry::Now(Lone { place, class, member, failed: None });
         }
@@ -302,7 +310,7 @@ impl<B: Batch> Shared<B> {
     fn depart(self: &Arc<Self>, mut batch: Vec<Waiting<B>>) {
         if batch.len() == 1 {
             let Waiting { class, key, op, caller, .. } = batch.remove(0);
-            let member = Member { op, repeat: false, skipped: false };
+            let member = Member::new(op);
             let place = Place { shared: Arc::clone(self), key, flight: true };
             // A caller who has gone leaves the place to the next, by dropping it.
             let _ = caller.send(Verdict::Alone(Lone { place, class, member, failed: None }));
@@ -312,11 +320,13 @@ impl<B: Batch> Shared<B> {
         let runtime = batch[0].runtime.take().expect("a batch of several begins with a caller on a runtime");
         let (mut members, mut callers) = (Vec::with_capacity(batch.len()), Vec::with_capacity(batch.len()));
         for Waiting { key, op, caller, .. } in batch {
-            members.push(Member { op, repeat: false, skipped: false });
+            members.push(Member::new(op));
             callers.push((key, caller));
         }
         // If this runtime is ending, the task is dropped unpolled, and the flight lands by its `Drop`.
-        runtime.spawn(Flight { shared: Arc::clone(self), class, members, callers, sent: false, landed: false }.fly());
+        runtime.spawn(
+            Flight { shared: Arc::clone(self), class, members, callers, sent: false, landed: false, done: Vec::new() }.fly(),
+        );
     }
 
     fn lock(&self) -> MutexGuard<'_, State<B>> {
@@ -519,6 +529,8 @@ struct Flight<B: Batch> {
     callers: Vec<(B::Key, oneshot::Sender<Verdict<B>>)>,
     sent: bool,
     landed: bool,
+    /// The sessions whose operation has ended.
+    done: Vec<B::Key>,
 }
 
 impl<B: Batch> Flight<B> {
@@ -535,6 +547,9 @@ impl<B: Batch> Flight<B> {
             Err(error) if error.kind() == ErrorKind::Unavailable || self.members.len() == 1 => self.refuse(&error),
             Err(error) => self.scatter(error.kind() == ErrorKind::Unknown),
         }
+        // No wait, but one round of the scheduler: whoever has just been told and comes again at once still joins the next batch.
+        // Otherwise the first of them would travel alone, and all others wait for him.
+        tokio::task::yield_now().await;
     }
 
     /// Between the taking of the batch and the first step of its task a caller may have gone.
@@ -577,7 +592,7 @@ impl<B: Batch> Flight<B> {
         self.tell(verdicts, |member| Member { repeat, ..member }, Some(&Arc::default()));
     }
 
-    /// Hands out the verdicts, or `again` where there is none, and then gives the flight back.
+    /// Hands out the verdicts, or `again` where there is none.
     fn tell(
         &mut self,
         verdicts: Vec<Option<Result<B::Outcome>>>,
@@ -585,13 +600,12 @@ impl<B: Batch> Flight<B> {
         failed: Option<&Arc<Failed>>,
     ) {
         self.landed = true;
-        let mut done = Vec::with_capacity(verdicts.len());
         let members = mem::take(&mut self.members);
         let callers = mem::take(&mut self.callers);
         for ((member, (key, caller)), verdict) in members.into_iter().zip(callers).zip(verdicts) {
             let verdict = match verdict {
                 Some(result) => {
-                    done.push(key);
+                    self.done.push(key);
                     Verdict::Done(result)
                 }
                 None => {
@@ -602,8 +616,6 @@ impl<B: Batch> Flight<B> {
             // Nobody is there any more to hear it: what was applied stays, and what was to go again does not.
             let _ = caller.send(verdict);
         }
-        // After the answers, so that whoever has heard his and comes again at once still joins the next batch.
-        self.shared.leave(1, &done);
     }
 }
 
@@ -613,6 +625,7 @@ impl<B: Batch> Drop for Flight<B> {
         if !self.landed {
             self.scatter(self.sent);
         }
+        self.shared.leave(1, &self.done);
     }
 }
 

@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::collections::{HashMap, HashSet};
+use std::hash::{BuildHasher, RandomState};
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -122,7 +124,7 @@ fn sent(collector: &Collector<Fake>) -> Vec<Sent> {
     collector.batch().sent.lock().unwrap().clone()
 }
 
-fn is_idle(collector: &Collector<Fake>) -> bool {
+fn is_idle<B: Batch>(collector: &Collector<B>) -> bool {
     format!("{collector:?}") == "Collector { in_flight: 0, waiting: 0, .. }"
 }
 
@@ -247,6 +249,27 @@ fn one_flight() -> Limits {
     limits
 }
 
+#[tokio::test]
+async fn those_who_come_again_as_soon_as_they_are_answered_travel_together_again() {
+    let collector = collector_with(one_flight(), |members| Ok(done(members)));
+    let tasks = (0..8).map(|n| {
+        let collector = collector.clone();
+        tokio::spawn(async move {
+            for _ in 0..4 {
+                collector.submit(Save, n, 0, Op(n, Arc::default())).await.unwrap();
+            }
+        })
+    });
+    let tasks: Vec<_> = tasks.collect();
+    settle().await;
+    let_in(&collector, 100).await;
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let sizes: Vec<_> = numbers(&collector).iter().map(Vec::len).collect();
+    assert_eq!(sizes, [1, 7, 8, 8, 8]);
+}
+
 // Who goes away
 
 #[tokio::test]
@@ -290,6 +313,7 @@ async fn a_caller_who_goes_when_the_batch_is_made_up_but_not_sent_is_taken_out()
     collector.batch().gate.add_permits(2);
     assert_eq!(stays.await.unwrap(), 2);
     assert_eq!(second.await.unwrap(), 1002);
+    settle().await;
     assert!(is_idle(&collector));
 }
 
@@ -499,7 +523,7 @@ async fn a_panic_reaches_only_the_caller_whose_operation_causes_it() {
 // Runtimes
 
 fn runtime() -> Runtime {
-    Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+    Builder::new_multi_thread().worker_threads(3).enable_all().build().unwrap()
 }
 
 /// Waits until `collector` has sent `flights` flights.
@@ -607,4 +631,261 @@ fn without_a_runtime_each_travels_alone() {
     }
     assert!(sent(&collector).iter().all(|(_, members)| members.len() == 1));
     assert!(is_idle(&collector));
+}
+
+// Everything at once
+
+/// A number of a sequence that a seed determines.
+struct Dice(u64);
+
+impl Dice {
+    fn throw(&mut self, sides: u64) -> u64 {
+        // The finalizer of SplitMix64.
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % sides
+    }
+}
+
+/// A store of counters, one for each session, that fails in every way that a store can.
+struct Unruly {
+    state: Mutex<Ledger>,
+}
+
+struct Ledger {
+    dice: Dice,
+    flights: usize,
+    busy: HashSet<u32>,
+    /// How often each operation was applied.
+    applied: HashMap<u64, u32>,
+    /// What was sent and may be applied, as far as the collector can know.
+    open_question: HashSet<u64>,
+    last_of_session: HashMap<u32, u64>,
+    /// Whether the numbers of a session grow in the order of submission, because there is only one thread.
+    ordered: bool,
+    broken: Vec<String>,
+}
+
+struct Numbered {
+    session: u32,
+    number: u64,
+    poison: bool,
+    bytes: usize,
+}
+
+/// The time that a batch is under way: its sessions are busy. It may end by being dropped.
+struct UnderWay<'s> {
+    store: &'s Unruly,
+    sessions: Vec<u32>,
+    several: bool,
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        let mut ledger = self.store.state.lock().unwrap_or_else(PoisonError::into_inner);
+        for session in &self.sessions {
+            ledger.busy.remove(session);
+        }
+        ledger.flights -= usize::from(self.several);
+    }
+}
+
+impl Batch for Unruly {
+    type Key = u32;
+    type Op = Numbered;
+    type Outcome = u64;
+
+    async fn send(&self, _: Class, members: &[Member<Numbered>]) -> Result<Vec<Reply<u64>>> {
+        let (_under_way, rounds) = self.begin(members);
+        for _ in 0..rounds {
+            tokio::task::yield_now().await;
+        }
+        let replies = self.decide(members);
+        for _ in 0..rounds {
+            tokio::task::yield_now().await;
+        }
+        if replies.is_err() && rounds == 3 {
+            panic!("a backend's bug, as the dice want it");
+        }
+        replies
+    }
+}
+
+impl Unruly {
+    fn begin(&self, members: &[Member<Numbered>]) -> (UnderWay<'_>, u64) {
+        let mut ledger = self.state.lock().unwrap();
+        let ledger = &mut *ledger;
+        let several = members.len() > 1;
+        ledger.flights += usize::from(several);
+        let bytes: usize = members.iter().map(|member| member.op.bytes).sum();
+        let largest = members.iter().map(|member| member.op.bytes).max().unwrap();
+        if ledger.flights > 2 || members.len() > 64 || several && (bytes > 256 << 10 || largest > 64 << 10) {
+            ledger.broken.push(format!("{} flights, {} members, {bytes} bytes", ledger.flights, members.len()));
+        }
+        for Member { op, repeat, .. } in members {
+            if !ledger.busy.insert(op.session) {
+                ledger.broken.push(format!("session {} is in flight twice", op.session));
+            }
+            if ledger.open_question.contains(&op.number) && !repeat {
+                ledger.broken.push(format!("operation {} is sent again and not called a repeat", op.number));
+            }
+            if ledger.last_of_session.insert(op.session, op.number).is_some_and(|last| last > op.number && ledger.ordered) {
+                ledger.broken.push(format!("operation {} was overtaken in its session", op.number));
+            }
+        }
+        // Whoever is dropped from here on may have been applied.
+        ledger.open_question.extend(members.iter().map(|member| member.op.number));
+        let sessions = members.iter().map(|member| member.op.session).collect();
+        (UnderWay { store: self, sessions, several }, ledger.dice.throw(4))
+    }
+
+    fn decide(&self, members: &[Member<Numbered>]) -> Result<Vec<Reply<u64>>> {
+        let mut ledger = self.state.lock().unwrap();
+        let ledger = &mut *ledger;
+        let not_applied = |ledger: &mut Ledger| {
+            // A repeat remains in question: its first copy may have been applied.
+            for member in members.iter().filter(|member| !member.repeat) {
+                ledger.open_question.remove(&member.op.number);
+            }
+        };
+        if members.iter().any(|member| member.op.poison) {
+            not_applied(ledger);
+            return Err(error(ErrorKind::TooLarge));
+        }
+        match ledger.dice.throw(12) {
+            0 => {
+                not_applied(ledger);
+                return Err(error(ErrorKind::Unavailable));
+            }
+            1 => return Err(error(ErrorKind::Unknown)),
+            _ => {}
+        }
+        let mut replies = Vec::new();
+        for member in members {
+            if ledger.dice.throw(10) == 0 {
+                if !member.repeat {
+                    ledger.open_question.remove(&member.op.number);
+                }
+                replies.push(Reply::Skipped);
+                continue;
+            }
+            // As a store with a fence: the same write id is applied once, and a repeat of it hears that.
+            let applied = ledger.applied.entry(member.op.number).or_default();
+            if *applied == 0 {
+                *applied = 1;
+            } else if !member.repeat {
+                *applied += 1;
+            }
+            replies.push(Reply::Done(Ok(member.op.number)));
+        }
+        match ledger.dice.throw(12) {
+            0 => Err(error(ErrorKind::Unknown)), // The answer is lost.
+            _ => Ok(replies),
+        }
+    }
+}
+
+/// Every caller who stays hears exactly once, of his own operation, and the truth.
+#[test]
+fn whatever_the_dice_want_each_caller_hears_the_truth_of_his_own_operation() {
+    let seed = std::env::var("CONFORMANCE_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed: u64 = seed.unwrap_or_else(|| RandomState::new().hash_one(std::process::id()));
+    println!("replay with CONFORMANCE_SEED={seed}");
+    // On one thread a seed replays exactly; on several the threads throw dice of their own.
+    for round in 0..4 {
+        run_at_random(seed.wrapping_add(round), &runtime(), false);
+        run_at_random(seed.wrapping_add(round), &Builder::new_current_thread().enable_all().build().unwrap(), true);
+    }
+}
+
+fn run_at_random(seed: u64, runtime: &Runtime, ordered: bool) {
+    let ledger = Ledger {
+        dice: Dice(seed),
+        flights: 0,
+        busy: HashSet::new(),
+        applied: HashMap::new(),
+        open_question: HashSet::new(),
+        last_of_session: HashMap::new(),
+        ordered,
+        broken: Vec::new(),
+    };
+    let collector = Collector::new(Unruly { state: Mutex::new(ledger) }, Limits::default());
+    let numbers = Arc::new(AtomicU64::new(0));
+    let tallies = runtime.block_on(async {
+        let tasks: Vec<_> = (0..100)
+            .map(|task| {
+                let (collector, numbers) = (collector.clone(), numbers.clone());
+                tokio::spawn(one_caller(collector, numbers, task, Dice(seed ^ (u64::from(task) << 32))))
+            })
+            .collect();
+        let mut tallies = Vec::new();
+        for task in tasks {
+            let tally = tokio::time::timeout(Duration::from_secs(60), task).await.expect("somebody is never told");
+            tallies.push(tally.unwrap());
+        }
+        tallies
+    });
+    // The last flight is given back a moment after its last answer.
+    until(|| {
+        runtime.block_on(tokio::task::yield_now());
+        is_idle(&collector)
+    });
+    let heard: Vec<_> = tallies.into_iter().flatten().collect();
+    let ledger = collector.batch().state.lock().unwrap();
+    assert_eq!(ledger.broken, Vec::<String>::new(), "seed {seed}");
+    assert!(ledger.applied.values().all(|&times| times == 1), "applied twice, seed {seed}");
+    let mut kinds = HashMap::new();
+    for (number, heard) in &heard {
+        let applied = ledger.applied.contains_key(number);
+        match heard {
+            None => assert!(applied, "told that {number} is applied, seed {seed}"),
+            Some(ErrorKind::Unknown) => {}
+            Some(kind) => assert!(!applied, "told {kind} of {number}, which is applied, seed {seed}"),
+        }
+        *kinds.entry(*heard).or_insert(0) += 1;
+    }
+    for kind in [None, Some(ErrorKind::Unknown), Some(ErrorKind::Unavailable), Some(ErrorKind::TooLarge)] {
+        assert!(kinds.contains_key(&kind), "the dice never came to {kind:?}, seed {seed}");
+    }
+}
+
+/// Submits again and again, gives up now and then, and returns what it heard: `None` is success.
+async fn one_caller(
+    collector: Collector<Unruly>,
+    numbers: Arc<AtomicU64>,
+    task: u32,
+    mut dice: Dice,
+) -> Vec<(u64, Option<ErrorKind>)> {
+    let mut heard = Vec::new();
+    for _ in 0..40 {
+        let class = if dice.throw(2) == 0 { Save } else { Open };
+        let bytes = if dice.throw(20) == 0 { 70 << 10 } else { 10 << 10 };
+        let poison = dice.throw(30) == 0;
+        let session = if dice.throw(4) == 0 { task % 10 } else { task };
+        let gives_up = (dice.throw(5) == 0).then(|| dice.throw(6));
+        let (collector, numbers) = (collector.clone(), numbers.clone());
+        let submit = tokio::spawn(async move {
+            let number = numbers.fetch_add(1, Ordering::SeqCst);
+            let op = Numbered { session, number, poison, bytes };
+            (number, collector.submit(class, session, bytes, op).await)
+        });
+        if let Some(rounds) = gives_up {
+            for _ in 0..rounds {
+                tokio::task::yield_now().await;
+            }
+            submit.abort();
+        }
+        match submit.await {
+            Ok((number, Ok(outcome))) => {
+                assert_eq!(outcome, number, "heard somebody else's outcome");
+                heard.push((number, None));
+            }
+            Ok((number, Err(error))) => heard.push((number, Some(error.kind()))),
+            // Gone, or a panic of the backend with this operation alone: whatever became of it, nobody is told.
+            Err(end) => assert!(end.is_cancelled() || end.is_panic()),
+        }
+    }
+    heard
 }
