@@ -228,17 +228,18 @@ async fn saves_go_before_opens_and_never_with_them() {
 }
 
 #[tokio::test]
-async fn an_open_is_passed_by_eight_batches_of_saves_and_no_more() {
+async fn each_open_is_passed_by_eight_batches_of_saves_and_no_more() {
     let collector = collector_with(one_flight(), |members| Ok(done(members)));
     let lone = submit(&collector, Save, 1000);
     settle().await;
-    let open = submit(&collector, Open, 999);
-    let saves: Vec<_> = (0..64 * 10).map(|n| submit(&collector, Save, n)).collect();
+    let opens = [998, 999].map(|n| submit_sized(&collector, Open, n, 65 << 10));
+    let saves: Vec<_> = (0..64 * 20).map(|n| submit(&collector, Save, n + 2000)).collect();
     settle().await;
     let_in(&collector, 100).await;
     let classes: Vec<_> = sent(&collector).into_iter().map(|(class, _)| class).collect();
-    assert_eq!(classes.iter().position(|&class| class == Open), Some(1 + 8));
-    for task in saves.into_iter().chain([lone, open]) {
+    let turns: Vec<_> = classes.iter().enumerate().filter(|(_, class)| **class == Open).map(|(turn, _)| turn).collect();
+    assert_eq!(turns, [1 + 8, 1 + 8 + 1 + 8]);
+    for task in saves.into_iter().chain(opens).chain([lone]) {
         task.await.unwrap().unwrap();
     }
 }
@@ -315,6 +316,21 @@ async fn a_caller_who_goes_when_the_batch_is_made_up_but_not_sent_is_taken_out()
     assert_eq!(second.await.unwrap(), 1002);
     settle().await;
     assert!(is_idle(&collector));
+}
+
+#[tokio::test]
+async fn whoever_is_left_alone_of_a_batch_is_sent_once_like_any_lone_one() {
+    let collector = collector_with(one_flight(), |_| Err(error(ErrorKind::Unknown)));
+    let mut lone = Box::pin(collector.submit(Save, 1001, 0, Op(1001, Arc::default())));
+    let mut gone = Box::pin(collector.submit(Save, 1, 0, Op(1, Arc::default())));
+    let mut stays = Box::pin(collector.submit(Save, 2, 0, Op(2, Arc::default())));
+    assert!(poll(&mut lone.as_mut()).is_pending());
+    assert!(poll(&mut gone.as_mut()).is_pending() && poll(&mut stays.as_mut()).is_pending());
+    drop(lone);
+    drop(gone);
+    collector.batch().gate.add_permits(10);
+    assert_eq!(stays.await.unwrap_err().kind(), ErrorKind::Unknown);
+    assert_eq!(numbers(&collector), [[1001], [2]]);
 }
 
 #[tokio::test]
@@ -447,6 +463,21 @@ async fn a_store_that_has_fallen_silent_is_not_waited_for_by_each_member_in_turn
 }
 
 #[tokio::test]
+async fn members_that_fall_silent_one_here_and_one_there_do_not_condemn_the_rest() {
+    let collector = collector(|members| match members.iter().any(|member| member.op.0 % 3 == 1 && member.op.0 < 1000) {
+        true => Err(error(ErrorKind::Unknown)),
+        false => Ok(done(members)),
+    });
+    let _lone = occupy(&collector).await;
+    let tasks: Vec<_> = (0..30).map(|n| submit(&collector, Save, n)).collect();
+    settle().await;
+    let_in(&collector, 100).await;
+    for (n, task) in (0..).zip(tasks) {
+        assert_eq!(task.await.unwrap().is_ok(), n % 3 != 1, "operation {n}");
+    }
+}
+
+#[tokio::test]
 async fn a_skipped_member_goes_again_alone_and_delays_only_itself() {
     let collector = collector(|members| {
         let reply = |member: &Member<Op>| match member.op.0 {
@@ -472,9 +503,26 @@ async fn a_skipped_member_goes_again_alone_and_delays_only_itself() {
         assert_eq!(task.await.unwrap().unwrap(), n);
     }
     let again: Vec<_> = sent(&collector).into_iter().filter(|(_, members)| members[0].2).collect();
+    assert_eq!(numbers(&collector).iter().flatten().count(), 10 + 8 + 3, "nobody is sent more often than that");
     assert_eq!(again.len(), 8);
     assert!(again.iter().all(|(_, members)| members.len() == 1 && !members[0].1), "{again:?}");
     assert!(is_idle(&collector));
+}
+
+#[tokio::test]
+async fn a_lone_operation_that_is_skipped_does_not_wait_for_its_row_in_a_place_in_flight() {
+    let collector = collector_with(one_flight(), |members| match members[0] {
+        Member { op: Op(1, _), skipped: false, .. } => Ok(vec![Reply::Skipped]),
+        _ => Ok(done(members)),
+    });
+    let skipped = submit(&collector, Save, 1);
+    settle().await;
+    let_in(&collector, 1).await;
+    let other = submit(&collector, Save, 2);
+    settle().await;
+    assert_eq!(numbers(&collector), [[1], [1], [2]]);
+    let_in(&collector, 2).await;
+    assert!(skipped.await.unwrap().is_ok() && other.await.unwrap().is_ok() && is_idle(&collector));
 }
 
 #[tokio::test]
