@@ -214,6 +214,24 @@ async fn a_session_is_in_flight_once_and_its_operations_keep_their_order() {
 }
 
 #[tokio::test]
+async fn whoever_waited_for_his_session_has_not_lost_his_place() {
+    let collector = obedient();
+    let [first, second] = occupy(&collector).await;
+    let behind = {
+        let collector = collector.clone();
+        tokio::spawn(async move { collector.submit(Save, 1001, 0, Op(1, Arc::default())).await })
+    };
+    settle().await;
+    let others = [2, 3].map(|n| submit(&collector, Save, n));
+    settle().await;
+    let_in(&collector, 100).await;
+    assert_eq!(numbers(&collector), [[1, 2, 3]]);
+    for task in others.into_iter().chain([first, second, behind]) {
+        task.await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
 async fn saves_go_before_opens_and_never_with_them() {
     let collector = obedient();
     let [_first, _second] = occupy(&collector).await;
@@ -537,15 +555,26 @@ async fn an_operation_that_is_skipped_alone_too_was_certainly_not_applied() {
 
 #[tokio::test]
 async fn replies_that_do_not_match_the_members_are_given_to_nobody() {
-    let collector = collector(|members| Ok(done(&members[1..])));
-    let lone = occupy(&collector).await;
-    let tasks = [1, 2, 3].map(|n| submit(&collector, Save, n));
-    settle().await;
-    let_in(&collector, 100).await;
-    for task in lone.into_iter().chain(tasks) {
-        assert_eq!(task.await.unwrap().unwrap_err().kind(), ErrorKind::Unexpected);
+    for surplus in [false, true] {
+        let collector = collector(move |members| {
+            let mut replies = done(members);
+            replies.pop();
+            if surplus {
+                replies.extend(done(members));
+                replies.extend(done(&members[..1]));
+            }
+            Ok(replies)
+        });
+        let lone = occupy(&collector).await;
+        let tasks = [1, 2, 3].map(|n| submit(&collector, Save, n));
+        settle().await;
+        let_in(&collector, 100).await;
+        for task in lone.into_iter().chain(tasks) {
+            let outcome = task.await.unwrap();
+            assert_eq!(outcome.unwrap_err().kind(), ErrorKind::Unexpected);
+        }
+        assert!(is_idle(&collector));
     }
-    assert!(is_idle(&collector));
 }
 
 #[tokio::test]
