@@ -3,6 +3,39 @@
 //! A backend owns a [`Collector`] and says how one batch is sent ([`Batch`]). The collector takes what is there and never waits
 //! for more: there is no timer in here. A request that is alone is sent at once, by its own task. Nothing here knows what an
 //! operation is, what a store answers, or which of two writes is right: that is the backend's, and the fence's.
+//!
+//! ```
+//! use session_core::collector::{Batch, Class, Collector, Limits, Member, Reply};
+//! use session_core::{Error, ErrorKind, Result};
+//!
+//! struct Table { /* a pool of connections */ }
+//!
+//! struct Save { row: [u8; 32], data: Vec<u8> }
+//!
+//! impl Batch for Table {
+//!     type Key = [u8; 32];
+//!     type Op = Save;
+//!     type Outcome = bool;
+//!
+//!     async fn send(&self, class: Class, members: &[Member<Save>]) -> Result<Vec<Reply<bool>>> {
+//!         // One statement over arrays of rows and data; each row of its answer finds its member.
+//!         # let answer = vec![true; members.len()];
+//!         # assert!(class == Class::Save && !members[0].op.row.is_empty() && !members[0].op.data.is_empty());
+//!         let reply = |(applied, member): (bool, &Member<Save>)| match (applied, member.repeat) {
+//!             (true, _) => Reply::Done(Ok(true)),
+//!             (false, true) => Reply::Done(Err(Error::new(ErrorKind::Unknown, "save", "it may have been applied before"))),
+//!             (false, false) => Reply::Done(Ok(false)),
+//!         };
+//!         Ok(answer.into_iter().zip(members).map(reply).collect())
+//!     }
+//! }
+//!
+//! # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+//! let collector = Collector::new(Table {}, Limits::default());
+//! let data = b"cart".to_vec();
+//! assert!(collector.submit(Class::Save, [7; 32], data.len(), Save { row: [7; 32], data }).await?);
+//! # Ok::<(), Error>(()) }).unwrap();
+//! ```
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
@@ -79,7 +112,9 @@ pub struct Member<Op> {
     /// The operation, as it was submitted.
     pub op: Op,
     /// It was sent before and no answer came, so it may be in force already. What the store says to it now is judged in that
-    /// light: "already applied" is our own doing. A refusal is reported as [`Unknown`](ErrorKind::Unknown), whoever it came from.
+    /// light: "already applied" is our own doing, and a refusal may be of our own first copy, so it is reported as
+    /// [`Unknown`](ErrorKind::Unknown). What follows [`leased`](crate::leased) says it with
+    /// [`Asked::repeated`](crate::leased::Asked::repeated).
     pub repeat: bool,
     /// It was [skipped](Reply::Skipped) before and is now alone. It may wait for its row, for a short time.
     pub skipped: bool,
@@ -135,7 +170,8 @@ impl Default for Limits {
 /// * Saves go before opens. After eight batches of saves that passed a waiting open, one batch of opens goes.
 /// * An operation whose caller has gone is taken out. What waits is therefore bounded by the callers.
 ///
-/// Without a tokio runtime it works, and each operation travels alone.
+/// Without a tokio runtime it works, and each operation travels alone. Callers may be on different runtimes; if one of these ends
+/// in mid-batch, the others send what is theirs again. One that is neither driven nor ended holds up what it has in flight.
 pub struct Collector<B: Batch> {
     shared: Arc<Shared<B>>,
 }
