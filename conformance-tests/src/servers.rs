@@ -22,6 +22,7 @@
 //! | [`RedisCluster::start`] | masters and their replicas | 2 s, and a failover 2 to 3 s |
 //! | [`RedisSentinel::start`] | a master, two replicas, three sentinels | 1 s, and a failover 3 s |
 //! | [`Postgres::start`], [`MariaDb::start`] | one server | 0.1 s, the first time 1 s more |
+//! | [`PgBouncer::start`] | what many clients share a PostgreSQL server through | 20 ms |
 //!
 //! Each of the many servers of a cluster and of the sentinels is a [`Redis`] again, to be frozen, killed and restarted by itself.
 //!
@@ -75,6 +76,7 @@
 mod certificates;
 mod mariadb;
 mod mariadb_wire;
+mod pgbouncer;
 mod postgres;
 mod postgres_wire;
 mod process;
@@ -87,6 +89,7 @@ mod template;
 
 pub use mariadb::MariaDb;
 pub use mariadb_wire::MariaDbConnection;
+pub use pgbouncer::PgBouncer;
 pub use postgres::Postgres;
 pub use postgres_wire::PostgresConnection;
 pub use redis::{Monitor, Redis};

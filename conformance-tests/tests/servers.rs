@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use conformance_tests::servers::{MariaDb, Postgres, Redis, RedisCluster, RedisSentinel};
+use conformance_tests::servers::{MariaDb, PgBouncer, Postgres, Redis, RedisCluster, RedisSentinel};
 
 const SOON: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_secs(20);
@@ -576,6 +576,87 @@ fn a_killed_mariadb_refuses_and_comes_back_at_its_place_with_what_it_has_acknowl
     assert_eq!(mariadb.restart().expect_err("the port is taken").kind(), io::ErrorKind::AddrInUse);
     drop(thief);
     mariadb.restart()
+}
+
+#[test]
+fn pgbouncer_lends_one_connection_to_many_clients_a_transaction_each() -> io::Result<()> {
+    let postgres = Postgres::start(&[])?;
+    let bouncer = PgBouncer::start(&postgres, &["default_pool_size = 1"])?;
+    assert_eq!(bouncer.url(), format!("postgres://sessionkit:conformance@{}/sessionkit", bouncer.address()));
+    assert!(bouncer.socket_path().exists());
+    bouncer.query("CREATE TABLE colors (color text)")?;
+    assert_eq!(postgres.query("SELECT count(*) FROM colors")?, [["0"]]);
+
+    let (mut first, mut second) = (bouncer.connect()?, bouncer.connect()?);
+    let mine = "SELECT pg_backend_pid(), current_user";
+    assert_eq!(first.query(mine)?, second.query(mine)?);
+    assert_eq!(first.query(mine)?, bouncer.query(mine)?);
+    // It is lent until the transaction ends.
+    first.query("BEGIN; INSERT INTO colors VALUES ('green')")?;
+    let waiting = std::thread::spawn(move || second.query("SELECT color FROM colors"));
+    let is_waiting = || {
+        let clients = bouncer.console("SHOW CLIENTS")?;
+        io::Result::Ok(clients.iter().flatten().any(|value| value == "waiting"))
+    };
+    eventually("the second client's wait", || is_waiting().is_ok_and(|waits| waits));
+    std::thread::sleep(SOON);
+    assert!(!waiting.is_finished());
+    first.query("COMMIT")?;
+    assert_eq!(waiting.join().expect("it does not panic")?, [["green"]]);
+
+    let psql = |url: &str| Command::new("psql").args([url, "-Atc", "SELECT current_user"]).output();
+    let output = psql(&bouncer.url())?;
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "sessionkit\n", "{output:?}");
+    for url in [bouncer.url_of("sessionkit", "wrong"), bouncer.url_of("postgres", "")] {
+        let output = psql(&url)?;
+        assert!(!output.status.success(), "{url}: {output:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn pgbouncer_and_the_server_behind_it_stand_still_and_end_each_by_itself() -> io::Result<()> {
+    let postgres = Postgres::start(&[])?;
+    let bouncer = Arc::new(PgBouncer::start(&postgres, &["pool_mode = session"])?);
+    let (mode, refused) = (bouncer.console("SHOW CONFIG")?, PgBouncer::start(&postgres, &["pool_mode = plenty"]));
+    assert!(mode.iter().any(|row| row[..2] == ["pool_mode", "session"]), "{mode:?}");
+    let refused = refused.expect_err("there is no such mode");
+    assert!(refused.to_string().contains("plenty"), "{refused}");
+
+    let asks = |bouncer: &Arc<PgBouncer>| {
+        let shared = Arc::clone(bouncer);
+        move || drop(shared.query("SELECT 1"))
+    };
+    bouncer.freeze()?;
+    assert!(!bouncer.is_up() && postgres.is_up());
+    assert!(says_nothing(asks(&bouncer)), "a frozen pool answers");
+    bouncer.resume()?;
+    assert_eq!(bouncer.query("SELECT 1")?, [["1"]]);
+    postgres.freeze()?;
+    assert!(says_nothing(asks(&bouncer)), "a frozen server answers");
+    postgres.resume()?;
+    assert_eq!(bouncer.query("SELECT 1")?, [["1"]]);
+
+    let (address, pid) = (bouncer.address(), bouncer.pid());
+    let mut lost = bouncer.connect()?;
+    lost.query("BEGIN; CREATE TABLE lost ()")?;
+    bouncer.kill()?;
+    bouncer.kill()?;
+    assert_eq!(bouncer.pid(), None);
+    assert_eq!(TcpStream::connect(address).expect_err("nobody listens").kind(), io::ErrorKind::ConnectionRefused);
+    let thief = TcpListener::bind(address)?;
+    assert_eq!(bouncer.restart().expect_err("the port is taken").kind(), io::ErrorKind::AddrInUse);
+    drop(thief);
+    bouncer.restart()?;
+    assert_eq!(bouncer.address(), address);
+    assert_ne!(bouncer.pid(), pid);
+    lost.query("COMMIT").expect_err("nobody is there");
+    assert!(bouncer.query("SELECT FROM lost").is_err());
+
+    postgres.restart()?;
+    // The connections of before are found dead one after another.
+    eventually("a connection to the new server", || bouncer.query("SELECT 1").is_ok());
+    Ok(())
 }
 
 #[test]

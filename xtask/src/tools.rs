@@ -23,6 +23,7 @@ const PROGRAMS: &[Program] = &[
     Program { name: "postgres", package: "postgresql", tests_of: "conformance-tests" },
     // The server alone, without a service and without a database of its own.
     Program { name: "mariadbd", package: "mariadb-server-core", tests_of: "conformance-tests" },
+    Program { name: "pgbouncer", package: "pgbouncer", tests_of: "conformance-tests" },
     Program { name: "redis-server", package: "redis-server", tests_of: "session-redis" },
     Program { name: "memcached", package: "memcached", tests_of: "session-memcache" },
     Program { name: "postgres", package: "postgresql", tests_of: "session-sql" },

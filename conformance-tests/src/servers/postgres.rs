@@ -16,7 +16,7 @@ use super::process::{Account, Port, Program, Server, on_free_ports};
 use super::sql::{self, NAME, PASSWORD};
 use super::template::Template;
 
-pub(super) const PROGRAM: Program = Program { name: "postgres", package: "postgresql" };
+const PROGRAM: Program = Program { name: "postgres", package: "postgresql" };
 
 /// Who the server may be if we are root, which it refuses to be: the one of Debian's package, or anybody.
 pub(super) const ACCOUNTS: &[&str] = &["postgres", "nobody"];
@@ -247,7 +247,7 @@ impl Postgres {
     /// # Errors
     /// As [`PostgresConnection::query`].
     pub fn connect(&self) -> io::Result<PostgresConnection> {
-        PostgresConnection::open(&self.socket_path(), SUPERUSER)
+        PostgresConnection::open(&self.socket_path(), SUPERUSER, NAME)
     }
 }
 

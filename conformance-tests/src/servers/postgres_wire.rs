@@ -8,8 +8,6 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use super::sql::NAME;
-
 /// How long the server may take to say something.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -22,13 +20,13 @@ const VERSION: u32 = 3 << 16;
 pub struct PostgresConnection(BufReader<UnixStream>);
 
 impl PostgresConnection {
-    pub(super) fn open(socket: &Path, user: &str) -> io::Result<Self> {
+    pub(super) fn open(socket: &Path, user: &str, database: &str) -> io::Result<Self> {
         let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         let mut connection = Self(BufReader::new(stream));
         let mut hello = VERSION.to_be_bytes().to_vec();
-        for word in ["user", user, "database", NAME, ""] {
+        for word in ["user", user, "database", database, ""] {
             hello.extend_from_slice(word.as_bytes());
             hello.push(0);
         }

@@ -11,6 +11,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -91,10 +92,13 @@ impl Program {
 /// Returns where Debian keeps the programs of PostgreSQL, those of the newest version first.
 fn postgresql() -> impl Iterator<Item = PathBuf> {
     let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let number = |path: &PathBuf| path.file_name().and_then(|name| name.to_str()?.parse::<u32>().ok());
-    let mut versions: Vec<_> = versions.map(|version| version.path()).collect();
-    versions.sort_by_key(|path| Reverse(number(path)));
-    versions.into_iter().map(|version| version.join("bin"))
+    newest_first(versions.map(|version| version.path()).collect()).into_iter().map(|version| version.join("bin"))
+}
+
+/// Sorts directories whose names are versions; what is no number comes last.
+fn newest_first(mut versions: Vec<PathBuf>) -> Vec<PathBuf> {
+    versions.sort_by_key(|path| Reverse(path.file_name().and_then(|name| name.to_str()?.parse::<u32>().ok())));
+    versions
 }
 
 /// Who a server is, and who owns its files.
@@ -218,6 +222,8 @@ pub(super) struct Server {
     arguments: Vec<String>,
     account: Account,
     last_rites: &'static str,
+    // Where in the log the last start begins.
+    log_start: AtomicU64,
     process: Mutex<Option<Process>>,
     // After the process: what it writes to is removed when it is gone.
     directory: TempDir,
@@ -228,8 +234,16 @@ pub(super) struct Server {
 impl Server {
     /// Prepares a server that is to run in `directory`, which is its own and removed with it.
     pub(super) fn new(program: &Program, directory: TempDir, arguments: Vec<String>) -> io::Result<Self> {
-        let (account, process, watchman) = (Account::Ours, Mutex::default(), Mutex::default());
-        Ok(Self { program: program.find()?, arguments, account, last_rites: "", process, directory, watchman })
+        Ok(Self {
+            program: program.find()?,
+            arguments,
+            account: Account::Ours,
+            last_rites: "",
+            log_start: AtomicU64::new(0),
+            process: Mutex::new(None),
+            directory,
+            watchman: Mutex::new(None),
+        })
     }
 
     /// Has it run as somebody else, who can write to its directory.
@@ -252,6 +266,7 @@ impl Server {
         let mut process = self.process();
         // In this order: only then the port is free.
         drop(process.take());
+        self.log_start.store(fs::metadata(self.directory().join(LOG)).map_or(0, |log| log.len()), Ordering::Relaxed);
         let new = Process::spawn(self)?;
         *self.watchman.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&new.watchman));
         *process = Some(new);
@@ -272,9 +287,7 @@ impl Server {
                 return Ok(());
             }
             let (kind, fact) = match (ended, Instant::now() >= end) {
-                (true, _) if self.log().contains("ddress already in use") => {
-                    (io::ErrorKind::AddrInUse, "finds its port taken")
-                }
+                (true, _) if self.found_its_port_taken() => (io::ErrorKind::AddrInUse, "finds its port taken"),
                 (true, _) => (io::ErrorKind::Other, "ended at once"),
                 (false, true) => (io::ErrorKind::TimedOut, "does not answer"),
                 (false, false) => {
@@ -348,10 +361,16 @@ impl Server {
         self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the end of what the server has printed.
+    /// Says whether it has complained since its start that somebody else has its port.
+    pub(super) fn found_its_port_taken(&self) -> bool {
+        self.log().contains("ddress already in use")
+    }
+
+    /// Returns the end of what the server has printed since its start.
     fn log(&self) -> String {
         let log = fs::read(self.directory().join(LOG)).unwrap_or_default();
-        let log = String::from_utf8_lossy(&log);
+        let start = usize::try_from(self.log_start.load(Ordering::Relaxed)).unwrap_or(usize::MAX);
+        let log = String::from_utf8_lossy(log.get(start..).unwrap_or_default());
         let lines: Vec<_> = log.lines().collect();
         lines[lines.len().saturating_sub(LOG_LINES)..].join("\n")
     }
@@ -505,5 +524,27 @@ impl Drop for Process {
     fn drop(&mut self) {
         // There is nobody to tell.
         let _ = self.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_many_versions_the_newest_is_started() {
+        let versions = ["9", "9.6", "17", "100"].map(PathBuf::from);
+        assert_eq!(newest_first(versions.to_vec()), ["100", "17", "9", "9.6"].map(PathBuf::from));
+    }
+
+    #[test]
+    fn a_program_that_is_nowhere_is_told_with_its_package() {
+        let program = Program { name: "no-such-program", package: "no-such-package" };
+        let missing = program.find().expect_err("there is none");
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+        assert_eq!(
+            missing.to_string(),
+            "no-such-program is not installed: install no-such-program (Debian package no-such-package)"
+        );
     }
 }
