@@ -23,6 +23,7 @@ suite! { $
         holders_exclude_each_other: "Two holders of one session never work at the same time.";
         stalled_holders_lose_nothing: "Holders that stall past their lease lose no update of others and have none of theirs counted twice.";
         two_creators_one_wins: "Of those who create the same fresh id at once exactly one succeeds, and its record is the one that is there.";
+        a_fresh_create_beside_locked_ones_loses_nothing: "Where an id is created as fresh while others lock it as absent, every acknowledged write stays.";
         absent_id_is_created_once: "Of those who lock the same absent id at once one creates it and the others find it.";
         readers_see_whole_records: "A reader sees all of one write or nothing of it.";
         readers_never_go_back: "A reader never sees an older record after a newer one.";
@@ -206,6 +207,42 @@ async fn two_creators_one_wins(env: Env) {
         let winners: Vec<_> = outcomes.into_iter().flatten().collect();
         assert_eq!(winners.len(), 1, "{} of four creators were told that they had created it", winners.len());
         holds(&*handlers[0], &id, winners[0].to_string(), "after four created it at once").await;
+    }
+}
+
+async fn a_fresh_create_beside_locked_ones_loses_nothing(env: Env) {
+    let handlers = [env.handler().await, env.handler().await];
+    for _ in 0..100 {
+        let id = new_id();
+        let (fresh, locked) = (env.patient().expecting(Expect::Fresh), in_a_crowd(&env).expecting(Expect::Any));
+        let acknowledged = all(&env, 4, |n| {
+            let (handler, id) = (handlers[n as usize / 2].clone(), id.clone());
+            async move {
+                let outcome = if n % 2 == 0 {
+                    let mut opened = open(&*handler, &id, fresh).await;
+                    opened.save(&Change::Write(record(n.to_string())), wid()).await
+                } else {
+                    let (mut opened, seen) = open_read(&*handler, &id, locked).await;
+                    let mut list = marks(seen.as_deref());
+                    list.push(n.to_string());
+                    opened.save(&Change::Write(record(list.join(" "))), wid()).await
+                };
+                match outcome {
+                    Ok(Written::Applied) => Some(n.to_string()),
+                    // A layer that cannot see lock and record together tells the later of two creators only now.
+                    other => {
+                        refused(other, &[ErrorKind::Conflict, ErrorKind::Fenced], "a create that came second");
+                        None
+                    }
+                }
+            }
+        })
+        .await;
+        let list = marks(look(&*handlers[0], &id).await.as_deref());
+        let acknowledged: Vec<_> = acknowledged.into_iter().flatten().collect();
+        assert!(!acknowledged.is_empty(), "nobody could create it");
+        let lost: Vec<_> = acknowledged.iter().filter(|mark| !list.contains(mark)).collect();
+        assert!(lost.is_empty(), "of the acknowledged {acknowledged:?} the record has {list:?}");
     }
 }
 

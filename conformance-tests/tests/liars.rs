@@ -175,6 +175,7 @@ caught_by! {
     race::holders_exclude_each_other: NoLock;
     race::stalled_holders_lose_nothing: NoFence;
     race::two_creators_one_wins: FreshChecksThenCreates;
+    race::a_fresh_create_beside_locked_ones_loses_nothing: FreshChecksThenCreates;
     race::absent_id_is_created_once: ReadsBeforeLock;
     race::readers_see_whole_records: TearsWrites;
     race::readers_never_go_back: ReaderGoesBack;
