@@ -21,10 +21,13 @@
 //! | [`Redis::start`], [`Redis::start_tls`] | one server | 10 to 40 ms |
 //! | [`RedisCluster::start`] | masters and their replicas | 2 s, and a failover 2 to 3 s |
 //! | [`RedisSentinel::start`] | a master, two replicas, three sentinels | 1 s, and a failover 3 s |
-//! | [`Postgres::start`], [`MariaDb::start`] | one server | 0.1 s, the first time 1 s more |
+//! | [`Postgres::start`], [`MariaDb::start`] | one server | 0.1 to 0.2 s, the first time 1 s more |
 //! | [`PgBouncer::start`] | what many clients share a PostgreSQL server through | 20 ms |
 //!
 //! Each of the many servers of a cluster and of the sentinels is a [`Redis`] again, to be frozen, killed and restarted by itself.
+//!
+//! The data of an SQL server is a copy of what the first one has made, beside the test executable, for its version and its account.
+//! SQL servers refuse to be root: if we are, they are `postgres`, `mysql` or `nobody`.
 //!
 //! All calls block their thread and work with and without a runtime around them. All take
 //! `&self`, so that a server can be shared.
