@@ -3,18 +3,18 @@
 //! What happens on the server stands in `scripts/enter.lua` and `scripts/release.lua`. What may be done under the lock is not known
 //! here.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use redis::{Pipeline, Value};
 use session_core::leased::{Found, Want};
-use session_core::{Error, ErrorKind, Result};
+use session_core::{Error, ErrorKind, LeaseToken, Result};
 use tokio::runtime::Handle;
 
 use crate::answers::{array, bytes, found, int, look_at, only};
 use crate::config::RedisWake;
-use crate::layout::{Body, Keys, TokenText, holder, is_lock};
+use crate::layout::{Body, Keys, TokenText, holder, is_lock, token_text};
 use crate::link::Failure;
 use crate::store::{Store, command, millis};
 use crate::waiters::Waiter;
@@ -32,25 +32,34 @@ const CLAIM: Duration = Duration::from_secs(1);
 /// The first and the longest pause of a waiter who asks again and again.
 const POLL: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(20));
 
+/// How many crowded sessions are remembered at most.
+const CROWDS: usize = 4096;
+
 /// What was found under a lock, and whether the holder before released it.
 type Taken = (Found, bool);
+
+/// The lock that a handler of this process takes.
+#[derive(Debug)]
+pub(crate) struct Claim {
+    pub(crate) token: LeaseToken,
+    pub(crate) lease: Duration,
+    /// What the lock holds while nobody waits for it.
+    pub(crate) value: Vec<u8>,
+}
 
 impl Store {
     /// Takes the lock of a session, waiting for it if there is time, and reads the record in the same flight. Returns what is there and
     /// whether the holder before released, or nothing if a record is missing.
-    #[allow(clippy::too_many_arguments, reason = "what was asked, and the lock that it is asked for with")]
     pub(crate) async fn take(
         self: &Arc<Self>,
         operation: &'static str,
         keys: &Arc<Keys>,
         want: Want,
         wait: Duration,
-        lease: Duration,
-        token: &TokenText,
-        value: &[u8],
+        claim: &Claim,
     ) -> Result<Option<Taken>> {
-        let (began, token) = (Instant::now(), *token);
-        let mut attempt = Attempt { store: self, operation, keys, want, wait, lease, token, value, began, armed: true };
+        let (began, token) = (Instant::now(), token_text(claim.token));
+        let mut attempt = Attempt { store: self, operation, keys, want, wait, claim, token, began, armed: true };
         attempt.make().await
     }
 
@@ -107,9 +116,8 @@ struct Attempt<'a> {
     keys: &'a Arc<Keys>,
     want: Want,
     wait: Duration,
-    lease: Duration,
+    claim: &'a Claim,
     token: TokenText,
-    value: &'a [u8],
     began: Instant,
     armed: bool,
 }
@@ -118,12 +126,23 @@ impl Attempt<'_> {
     /// Takes the lock, or a place in the queue for it.
     ///
     /// While nobody waits these are plain commands, which cost the server less than a script. Whoever does not get the lock by
-    /// them runs a script, which knows him by his token: a repeat of a `SET` finds the lock taken, by itself (`protocol.md` 11).
+    /// them runs a script, which knows him by his token: a repeat of a `SET` finds the lock taken, by itself (`protocol.md` 11). Whoever
+    /// has to expect others does that at once.
     async fn make(&mut self) -> Result<Option<Taken>> {
-        let (store, keys, lease) = (self.store, self.keys, millis(self.lease));
+        let (store, keys, lease) = (self.store, self.keys, millis(self.claim.lease));
+        if store.crowds.expected(&keys.record) {
+            return Box::pin(self.queue_up()).await;
+        }
         let lease_text = lease.to_string();
         let mut commands = Pipeline::with_capacity(4);
-        commands.add_command(command(&[b"SET", keys.lock.as_bytes(), self.value, b"NX", b"PX", lease_text.as_bytes()]));
+        commands.add_command(command(&[
+            b"SET",
+            keys.lock.as_bytes(),
+            &self.claim.value,
+            b"NX",
+            b"PX",
+            lease_text.as_bytes(),
+        ]));
         commands.add_command(command(&[b"EXISTS", keys.queue.as_bytes()]));
         if self.want != Want::Lock {
             commands.add_command(command(&[b"GET", keys.record.as_bytes()]));
@@ -168,7 +187,7 @@ impl Attempt<'_> {
     /// Takes a place in the queue and waits there; with [`RedisWake::Poll`] it takes none, and looks again and again.
     async fn queue_up(&mut self) -> Result<Option<Taken>> {
         let (store, keys, wait) = (self.store, self.keys, self.wait);
-        let lease = millis(self.lease).to_string();
+        let lease = millis(self.claim.lease).to_string();
         let polls = store.config.wake == RedisWake::Poll;
         let mut tries = 0;
         // First of all, since a new subscription wakes whoever is registered.
@@ -183,7 +202,7 @@ impl Attempt<'_> {
             let rest = wait.saturating_sub(self.began.elapsed());
             let rest_ms = if polls { 0 } else { rest.as_millis() }.to_string();
             let args: [&[u8]; 7] =
-                [&self.token, self.value, lease.as_bytes(), rest_ms.as_bytes(), word(self.want), queued, &heir];
+                [&self.token, &self.claim.value, lease.as_bytes(), rest_ms.as_bytes(), word(self.want), queued, &heir];
             let answer = store.run(keys, &store.scripts.enter, &args).await;
             let entered = match answer.and_then(Entered::parse) {
                 Ok(entered) => entered,
@@ -305,6 +324,33 @@ impl Places {
             places.remove(record);
         }
         there
+    }
+}
+
+/// Sessions for which others stood in line when somebody of this process saved last, so that the plain flight of the next one would
+/// be for nothing. A hint: whoever is wrong is as right as ever, and a little slower.
+#[derive(Default)]
+pub(crate) struct Crowds(Mutex<HashSet<Box<str>>>);
+
+impl Crowds {
+    fn crowds(&self) -> MutexGuard<'_, HashSet<Box<str>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that others wait.
+    pub(crate) fn note(&self, record: &str) {
+        let mut crowds = self.crowds();
+        // Sessions that nobody of this process opens again must not pile up.
+        if crowds.len() == CROWDS {
+            crowds.clear();
+        }
+        crowds.insert(record.into());
+    }
+
+    /// Whether others waited, which is good for one question.
+    fn expected(&self, record: &str) -> bool {
+        let mut crowds = self.crowds();
+        !crowds.is_empty() && crowds.remove(record)
     }
 }
 

@@ -14,12 +14,14 @@ use session_core::leased::{
 };
 use session_core::{LeaseToken, OpenRequest, OpenSession, Record, Result, SessionAdmin, SessionHandler, SessionId};
 
+use crate::acquire::Claim;
 use crate::admin::RedisAdmin;
+use crate::answers::{array, foreign, int, parse_body};
 use crate::config::RedisConfig;
 use crate::layout::{Body, Keys, TokenText, record, token_text};
 use crate::link::{Failure, error_kind};
 use crate::lock::RedisLock;
-use crate::store::{Store, array, foreign, int, millis, parse_body};
+use crate::store::{Store, millis};
 
 /// Keeps sessions in Redis; clones share connections, queue places and subscription.
 ///
@@ -84,13 +86,6 @@ impl SessionHandler for RedisHandler {
     }
 }
 
-/// The lock that a handler of this process takes: its token, and the value that it then has while nobody waits for it.
-#[derive(Debug)]
-pub(crate) struct Claim {
-    token: LeaseToken,
-    value: Vec<u8>,
-}
-
 impl LeasedStore for Store {
     type Place = Keys;
     type Claim = Claim;
@@ -101,7 +96,7 @@ impl LeasedStore for Store {
 
     fn claim(&self, lease: Duration) -> Result<Claim> {
         let token = LeaseToken::random()?;
-        Ok(Claim { token, value: self.lock_value(&token_text(token), lease) })
+        Ok(Claim { token, lease, value: self.lock_value(&token_text(token), lease) })
     }
 
     fn token(claim: &Claim) -> LeaseToken {
@@ -121,7 +116,7 @@ impl LeasedStore for Store {
         lease: Duration,
     ) -> Result<Granted<Claim>> {
         let claim = self.claim(lease)?;
-        let granted = self.take(operation, keys, want, wait, lease, &token_text(claim.token), &claim.value).await?;
+        let granted = self.take(operation, keys, want, wait, &claim).await?;
         Ok(match granted {
             None => Granted::Absent,
             Some((found, clean)) => Granted::Locked { claim, found, clean },
@@ -156,6 +151,10 @@ impl LeasedStore for Store {
         let (answer, repeated) = self.run_once(keys, &self.scripts.save, &args).await;
         let answer = answer.and_then(|answer| match int(&answer)? {
             1 => Ok(Verdict::Applied),
+            3 => {
+                self.crowds.note(&keys.record);
+                Ok(Verdict::Applied)
+            }
             2 => Ok(Verdict::AlreadyApplied),
             0 => Ok(Verdict::Refused),
             -1 => Ok(Verdict::Gone),

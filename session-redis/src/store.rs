@@ -10,9 +10,8 @@ use redis::{Cmd, Pipeline, ServerErrorKind, Value};
 use session_core::leased::Found;
 use session_core::{Result, SessionId, WriteId};
 
-use crate::acquire::Places;
+use crate::acquire::{Crowds, Places};
 use crate::answers::{answers, found, look_at, only};
-pub(crate) use crate::answers::{array, foreign, int, parse_body};
 use crate::config::RedisConfig;
 use crate::layout::{Keys, TokenText, channel, lock_value};
 use crate::link::{Failure, error_kind};
@@ -26,6 +25,7 @@ pub(crate) struct Store {
     pub(crate) scripts: Scripts,
     pub(crate) waiters: Waiters,
     pub(crate) places: Places,
+    pub(crate) crowds: Crowds,
 }
 
 impl Store {
@@ -50,6 +50,7 @@ impl Store {
                 waiters: Waiters::new(channel, subscribe, pass_on),
                 scripts: Scripts::new(!cluster, config.strict_expiry),
                 places: Places::default(),
+                crowds: Crowds::default(),
                 servers,
                 config,
             }

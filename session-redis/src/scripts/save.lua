@@ -2,7 +2,7 @@
 -- ARGV: the value of the lock as its holder set it, the header of what was found, ttl, body, how.
 -- how: the basis (w: a write was found, a: nothing was found, u: nothing was looked at), the access (e, o), the change (w, t), and
 -- what comes next (k: keep, c: close, r: close after what may be a repeat of the write that was found).
--- Answers: 1 applied, 2 applied before, 0 refused, -1 gone, -2 not a record of ours.
+-- Answers: 1 applied, 3 applied while others wait, 2 applied before, 0 refused, -1 gone, -2 not a record of ours.
 local value, body, how = ARGV[1], ARGV[4], ARGV[5]
 local token, prev, id = string.sub(value, 1, 32), string.sub(ARGV[2], 5), string.sub(body, 5, HEADER)
 local owner = redis.call('GET', LOCK)
@@ -50,4 +50,5 @@ elseif own and outcome ~= 0 or not owner and waiting > 0 then
   -- Whoever is refused under his own lock may be a late copy of an earlier write, and the holder is still at work.
   if waiting > 0 then hand_on(own) else redis.call('DEL', LOCK) end
 end
+if outcome == 1 and waiting > 0 and not keeps then return 3 end
 return outcome
