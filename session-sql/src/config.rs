@@ -1,0 +1,327 @@
+//! What can be set: which database, table, time-outs, connections; from code or from a DSN.
+//!
+//! What [`Sessions`](https://docs.rs/sessionkit) acts on (time-outs of sessions, codec, hashing of ids) is not in here.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use session_core::{Dsn, Error, ErrorKind, Result};
+
+use crate::database::{Database, Owner};
+use crate::store::Store;
+
+/// Which database.
+#[non_exhaustive]
+#[derive(Clone, PartialEq, Eq)]
+pub enum SqlServer {
+    /// PostgreSQL.
+    Postgres(SqlAddress),
+    /// MySQL or MariaDB.
+    MySql(SqlAddress),
+    /// SQLite, in this file.
+    Sqlite(PathBuf),
+}
+
+/// Where a database server is, and who we are there. `Debug` shows neither user nor password.
+#[non_exhaustive]
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct SqlAddress {
+    /// A name or an address.
+    pub host: String,
+    /// 0 for the usual one: 5432 or 3306.
+    pub port: u16,
+    /// The path of a socket on this machine, in place of host and port.
+    pub socket: Option<PathBuf>,
+    /// The user; without one whoever the server takes us for.
+    pub user: Option<String>,
+    /// The password.
+    pub password: Option<String>,
+    /// The database.
+    pub database: String,
+}
+
+impl SqlAddress {
+    /// Takes host and database, the usual port, and nobody as user.
+    #[must_use]
+    pub fn new(host: impl Into<String>, database: impl Into<String>) -> Self {
+        Self { host: host.into(), database: database.into(), ..Self::default() }
+    }
+}
+
+impl fmt::Debug for SqlAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SqlAddress")
+            .field("host", &self.host)
+            .field("port", &self.port)
+            .field("socket", &self.socket)
+            .field("database", &self.database)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for SqlServer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Postgres(address) => f.debug_tuple("Postgres").field(address).finish(),
+            Self::MySql(address) => f.debug_tuple("MySql").field(address).finish(),
+            Self::Sqlite(path) => f.debug_tuple("Sqlite").field(path).finish(),
+        }
+    }
+}
+
+/// Which database it is and how it is used. Every default is meant for production.
+///
+/// `Debug` shows neither user nor password.
+#[non_exhaustive]
+#[derive(Clone, Debug)]
+pub struct SqlConfig {
+    /// Which database.
+    pub server: SqlServer,
+    /// The table: a name, or a schema and a name with a dot between them, of letters, digits and underscores. Default `sessions`.
+    pub table: String,
+    /// Whether [`connect`](crate::SqlHandler::connect) makes the table if it is not there. Default no.
+    pub create: bool,
+    /// What stands before the id in every key. Default nothing.
+    pub prefix: Cow<'static, str>,
+    /// How many connections there may be for all sessions together, 1 at least. Default 8; for SQLite the connections that read.
+    pub connections: u32,
+    /// How long to wait for an answer. Default 5 s.
+    pub timeout: Duration,
+    /// How long to wait for a connection: a new one, or one that is free. Default 2 s.
+    pub connect_timeout: Duration,
+    /// Payloads of more bytes are refused. Default 1 MiB.
+    pub max_bytes: usize,
+    /// Whether a lease that has ended no longer writes, even if nobody took over. Default no: such a write endangers nothing.
+    pub strict_expiry: bool,
+}
+
+impl SqlConfig {
+    /// The default of [`max_bytes`](Self::max_bytes): 1 MiB.
+    pub const DEFAULT_MAX_BYTES: usize = 1 << 20;
+
+    /// The schemes that [`from_dsn`](Self::from_dsn) reads, as far as the features go.
+    pub const SCHEMES: &[&str] = &[
+        #[cfg(feature = "postgres")]
+        "postgres",
+        #[cfg(feature = "postgres")]
+        "postgresql",
+        #[cfg(feature = "mysql")]
+        "mysql",
+        #[cfg(feature = "mysql")]
+        "mariadb",
+        #[cfg(feature = "sqlite")]
+        "sqlite",
+    ];
+
+    /// The options of these DSNs beside the common ones.
+    pub const OPTIONS: &[&str] = &["table", "create", "lock", "connections", "timeout", "connect_timeout", "socket"];
+
+    /// Takes the defaults for `server`.
+    #[must_use]
+    pub fn new(server: SqlServer) -> Self {
+        Self {
+            server,
+            table: "sessions".into(),
+            create: false,
+            prefix: "".into(),
+            connections: 8,
+            timeout: Duration::from_secs(5),
+            connect_timeout: Duration::from_secs(2),
+            max_bytes: Self::DEFAULT_MAX_BYTES,
+            strict_expiry: false,
+        }
+    }
+
+    /// Reads a DSN, with the common options `prefix`, `max_bytes` and `strict_expiry`. The other common options are accepted for
+    /// whoever acts on them.
+    ///
+    /// | DSN | database |
+    /// |---|---|
+    /// | `postgres://user:password@host:5432/app?table=sessions` | PostgreSQL |
+    /// | `postgres:///app?socket=/run/postgresql` | PostgreSQL on this machine, by its socket |
+    /// | `mysql://user:password@host:3306/app` | MySQL or MariaDB |
+    /// | `sqlite:///var/lib/app/sessions.db` | SQLite |
+    ///
+    /// # Errors
+    /// [`Config`](ErrorKind::Config) that names what is not accepted and lists what is.
+    pub fn from_dsn(dsn: &Dsn) -> Result<Self> {
+        dsn.accept_options(Self::OPTIONS)?;
+        if let Some("php") = dsn.option("layout") {
+            return Err(config("layout=php is not supported by SQL databases in this version; accepted: native"));
+        }
+        dsn.choice("layout", &[("native", ())])?;
+        let mut this = Self::new(match dsn.scheme() {
+            #[cfg(feature = "postgres")]
+            "postgres" | "postgresql" => SqlServer::Postgres(address(dsn)?),
+            #[cfg(feature = "mysql")]
+            "mysql" | "mariadb" => SqlServer::MySql(address(dsn)?),
+            #[cfg(feature = "sqlite")]
+            "sqlite" => {
+                if !dsn.hosts().is_empty() || dsn.path().len() < 2 || dsn.user().is_some() {
+                    return Err(config("write three slashes and the path of the file: sqlite:///var/lib/app/sessions.db"));
+                }
+                SqlServer::Sqlite(dsn.path().into())
+            }
+            scheme => {
+                let accepted = Self::SCHEMES.join("://, ");
+                return Err(config(format!("the scheme {} is none of {accepted}://", scheme.escape_debug())));
+            }
+        });
+        dsn.choice("lock", &[("lease", ())])?;
+        if let Some(table) = dsn.option("table") {
+            this.table = table.into();
+        }
+        this.create = dsn.flag("create")?.unwrap_or(false);
+        if let Some(prefix) = dsn.option("prefix") {
+            this.prefix = prefix.to_owned().into();
+        }
+        if let Some(count) = dsn.number("connections", 1..=10_000)? {
+            this.connections = count as u32;
+        }
+        let spans = [("timeout", &mut this.timeout), ("connect_timeout", &mut this.connect_timeout)];
+        for (name, field) in spans {
+            if let Some(span) = dsn.duration(name)? {
+                *field = span;
+            }
+        }
+        if let Some(bytes) = dsn.number("max_bytes", 1..=512 << 20)? {
+            this.max_bytes = bytes as usize;
+        }
+        this.strict_expiry = dsn.flag("strict_expiry")?.unwrap_or(false);
+        this.check()?;
+        Ok(this)
+    }
+
+    /// The same with another table.
+    #[must_use]
+    pub fn with_table(mut self, table: impl Into<String>) -> Self {
+        self.table = table.into();
+        self
+    }
+
+    /// The same with a table that is made if it is not there.
+    #[must_use]
+    pub fn with_create(mut self, create: bool) -> Self {
+        self.create = create;
+        self
+    }
+
+    /// The same with another prefix.
+    #[must_use]
+    pub fn with_prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.prefix = prefix.into().into();
+        self
+    }
+
+    /// The same with another number of connections.
+    #[must_use]
+    pub fn with_connections(mut self, connections: u32) -> Self {
+        self.connections = connections;
+        self
+    }
+
+    /// The same with another limit for answers.
+    #[must_use]
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// The same with another limit for connections.
+    #[must_use]
+    pub fn with_connect_timeout(mut self, timeout: Duration) -> Self {
+        self.connect_timeout = timeout;
+        self
+    }
+
+    /// The same with another limit for payloads.
+    #[must_use]
+    pub fn with_max_bytes(mut self, bytes: usize) -> Self {
+        self.max_bytes = bytes;
+        self
+    }
+
+    /// The same with the end of a lease as the end of the right to write, or not.
+    #[must_use]
+    pub fn with_strict_expiry(mut self, strict: bool) -> Self {
+        self.strict_expiry = strict;
+        self
+    }
+
+    fn check(&self) -> Result<()> {
+        let part = |part: &str| {
+            let mut chars = part.chars();
+            let first = chars.next().is_some_and(|c| c.is_ascii_alphabetic() || c == '_');
+            first && part.len() <= 63 && chars.all(|c| c.is_ascii_alphanumeric() || c == '_')
+        };
+        if self.table.split('.').count() > 2 || !self.table.split('.').all(part) {
+            let fact =
+                "table= is not a name of letters, digits and underscores, at most 63, with a schema before a dot if need be";
+            return Err(config(fact));
+        }
+        if self.prefix.len() > 64 || !self.prefix.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(config("prefix= may have at most 64 characters, letters, digits and signs of ASCII"));
+        }
+        if self.connections == 0 {
+            return Err(config("connections= must be 1 at least"));
+        }
+        if self.timeout < Duration::from_millis(1) || self.connect_timeout < Duration::from_millis(1) {
+            return Err(config("timeout= and connect_timeout= must be 1ms at least"));
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn connect(self) -> Result<Arc<Store>> {
+        self.check()?;
+        let owner = Owner::new()?;
+        let connected: Result<Arc<dyn Database>, _> = match &self.server {
+            #[cfg(feature = "postgres")]
+            SqlServer::Postgres(address) => crate::postgres::connect(address, &self, owner).await,
+            #[cfg(feature = "mysql")]
+            SqlServer::MySql(address) => crate::mysql::connect(address, &self, owner).await,
+            #[cfg(feature = "sqlite")]
+            SqlServer::Sqlite(path) => crate::sqlite::connect(path, &self, owner).await,
+            #[allow(unreachable_patterns, reason = "with every feature there is no other")]
+            other => return Err(config(format!("{other:?} needs a Cargo feature of session-sql that is off"))),
+        };
+        let database = connected.map_err(|failure| failure.into_error("connect"))?;
+        if self.create {
+            database.create_table().await.map_err(|failure| failure.into_error("create the table"))?;
+        }
+        database.check().await.map_err(|failure| failure.into_error("connect"))?;
+        Ok(Store::new(database, self))
+    }
+}
+
+#[cfg(any(feature = "postgres", feature = "mysql"))]
+fn address(dsn: &Dsn) -> Result<SqlAddress> {
+    let mut address = SqlAddress { socket: dsn.option("socket").map(Into::into), ..SqlAddress::default() };
+    match dsn.hosts() {
+        [] if address.socket.is_some() => {}
+        [] => return Err(config(format!("the host is missing; write {}://user:password@host/database", dsn.scheme()))),
+        [host] => {
+            (address.host, address.port) = match host.rsplit_once(':') {
+                Some((host, port)) if !port.contains(']') => {
+                    let port = port.parse().map_err(|_| config("the port is not a number between 1 and 65535"))?;
+                    (host.into(), port)
+                }
+                _ => (host.clone(), 0),
+            };
+        }
+        _ => return Err(config("several hosts are not supported; name the one that takes writes")),
+    }
+    address.database = dsn.path().trim_start_matches('/').into();
+    if address.database.is_empty() || address.database.contains('/') {
+        return Err(config(format!("the database is missing; write {}://user:password@host/database", dsn.scheme())));
+    }
+    address.user = dsn.user().filter(|user| !user.is_empty()).map(Into::into);
+    address.password = dsn.password().map(Into::into);
+    Ok(address)
+}
+
+fn config(message: impl Into<Cow<'static, str>>) -> Error {
+    Error::new(ErrorKind::Config, "dsn", message)
+}

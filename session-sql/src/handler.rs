@@ -1,0 +1,78 @@
+//! The contract over a SQL database: a store with leases, whose atomic steps are statements.
+//!
+//! What an opening is based on, and what an answer means for it, is the business of [`session_core::leased`].
+
+use std::fmt;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use session_core::leased::Leased;
+use session_core::{OpenRequest, OpenSession, Result, SessionAdmin, SessionHandler, SessionId};
+
+use crate::admin::SqlAdmin;
+use crate::config::SqlConfig;
+use crate::lock::SqlLock;
+use crate::store::Store;
+
+/// Keeps sessions in a table; clones share connections, batches and wake-ups.
+///
+/// Cheap to clone. Connections are made when needed, and made anew when they broke.
+#[derive(Clone)]
+pub struct SqlHandler {
+    sessions: Leased<Store>,
+    admin: SqlAdmin,
+}
+
+impl SqlHandler {
+    /// Connects to the database of `config`, and makes the table if `config` says so.
+    ///
+    /// # Errors
+    /// [`Unavailable`](session_core::ErrorKind::Unavailable) if the database does not answer,
+    /// [`Config`](session_core::ErrorKind::Config) if it refuses user, password or database, or if the table is missing or not one
+    /// that this version can use.
+    pub async fn connect(config: SqlConfig) -> Result<Self> {
+        Ok(Self::over(config.connect().await?))
+    }
+
+    /// Makes the table if it is not there; one that is there is left as it is.
+    ///
+    /// # Errors
+    /// [`Config`](session_core::ErrorKind::Config) if the user may not, [`Unavailable`](session_core::ErrorKind::Unavailable) if the
+    /// database does not answer.
+    pub async fn create_table(&self) -> Result<()> {
+        self.sessions.store().database.create_table().await.map_err(|failure| failure.into_error("create the table"))
+    }
+
+    /// Returns the lock of this table, to be used alone. It excludes the exclusive openings of this handler, too.
+    #[must_use]
+    pub fn lock(&self) -> SqlLock {
+        SqlLock::over(self.sessions.lock())
+    }
+
+    pub(crate) fn over(store: Arc<Store>) -> Self {
+        Self { admin: SqlAdmin::over(store.clone()), sessions: Leased::new(store) }
+    }
+}
+
+impl fmt::Debug for SqlHandler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SqlHandler").field("store", self.sessions.store()).finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+#[deny(clippy::missing_trait_methods)]
+impl SessionHandler for SqlHandler {
+    async fn open(&self, id: &SessionId, request: &OpenRequest) -> Result<Box<dyn OpenSession>> {
+        self.sessions.open(id, request).await
+    }
+
+    async fn gc(&self, limit: NonZeroU32) -> Result<u64> {
+        self.sessions.store().database.gc(limit.get()).await.map_err(|failure| failure.into_error("gc"))
+    }
+
+    fn admin(&self) -> Option<&dyn SessionAdmin> {
+        Some(&self.admin)
+    }
+}

@@ -1,0 +1,24 @@
+//! Sessions in a table of a SQL database: PostgreSQL, MySQL and MariaDB, SQLite.
+//!
+//! The lock is a lease in the session's row: a token with a deadline. The fence is in the `WHERE` of each write. Every step is one
+//! statement that commits by itself, so no connection is held while a session is open.
+
+#[cfg(not(any(feature = "postgres", feature = "mysql", feature = "sqlite")))]
+compile_error!("session-sql needs at least one of its features postgres, mysql and sqlite");
+
+mod admin;
+mod config;
+mod database;
+mod handler;
+mod lock;
+#[cfg(feature = "mysql")]
+mod mysql;
+#[cfg(feature = "postgres")]
+mod postgres;
+#[cfg(feature = "sqlite")]
+mod sqlite;
+mod store;
+
+pub use config::{SqlAddress, SqlConfig, SqlServer};
+pub use handler::SqlHandler;
+pub use lock::SqlLock;

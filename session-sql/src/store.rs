@@ -1,0 +1,336 @@
+//! One database for handler and lock: the steps of a session with leases, and how a lock is waited for.
+//!
+//! It knows no statement; see `database.rs` for what a database has to be able to do.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use session_core::leased::{
+    self, Asked, Failed, Found, Granted, LeasedStore, Removal, Renewal, Renewed, Step, Verdict, Want,
+};
+use session_core::{Error, ErrorKind, LeaseToken, Record, Result, SessionId};
+use tokio::runtime::Handle;
+
+use crate::config::SqlConfig;
+use crate::database::{Action, Alter, Busy, Database, Enter, Entered, Failure, Remove, Renew, millis};
+
+/// How long the place of a task that gave up waits for the next task of this process.
+const HEIR: Duration = Duration::from_millis(20);
+
+/// When a lock that nobody wants is given back to a database that did not take it back before.
+const PAUSES: [Duration; 3] = [Duration::from_millis(50), Duration::from_millis(250), Duration::from_secs(1)];
+
+/// How often a waiter looks at least, whoever promised to wake him: a holder that was killed tells nobody.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// The first and the longest pause of the one next in line who is not woken, and of those behind him.
+const NEXT: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(6));
+const BEHIND: (Duration, Duration) = (Duration::from_millis(3), Duration::from_millis(50));
+
+pub(crate) struct Store {
+    pub(crate) database: Arc<dyn Database>,
+    pub(crate) config: SqlConfig,
+}
+
+/// A session as the table names it.
+#[derive(Debug)]
+pub(crate) struct Row {
+    pub(crate) key: String,
+}
+
+impl Store {
+    pub(crate) fn new(database: Arc<dyn Database>, config: SqlConfig) -> Arc<Self> {
+        Arc::new(Self { database, config })
+    }
+
+    pub(crate) fn key(&self, id: &SessionId) -> String {
+        [&*self.config.prefix, id.as_str()].concat()
+    }
+
+    /// Asks for a lock once, and once more if that fails in passing; says whether it is certain that nothing was left behind.
+    async fn enter(&self, entry: &Enter) -> Result<Entered, Failure> {
+        let mut sent = false;
+        for last in [false, true] {
+            let outcome = self.database.enter(std::slice::from_ref(entry)).await;
+            match outcome.and_then(only) {
+                Err(mut failure) => {
+                    sent |= failure.sent;
+                    failure.sent = sent;
+                    if last || !failure.passing {
+                        return Err(failure);
+                    }
+                }
+                entered => return entered,
+            }
+        }
+        Err(Failure::unexpected("two attempts have ended without an outcome"))
+    }
+
+    /// Waits for the lock that was not free at first.
+    async fn wait(
+        self: &Arc<Self>,
+        operation: &'static str,
+        attempt: &mut Attempt<'_>,
+        mut entry: Enter,
+        wait: Duration,
+        began: Instant,
+    ) -> Result<Option<(Found, bool)>> {
+        // Before the database is told: the lock may come before its answer.
+        let mut waiter = self.database.waiter(entry.token).await;
+        let mut tries = 0;
+        let mut probed = Instant::now();
+        entry.book = millis(LOOK * 3);
+        loop {
+            let rest = wait.saturating_sub(began.elapsed());
+            if probed.elapsed() >= LOOK {
+                (entry.probe, probed) = (true, Instant::now());
+            }
+            let entered = match self.enter(&entry).await {
+                Ok(entered) => entered,
+                Err(failure) => {
+                    attempt.give_up().await;
+                    return Err(failure.into_error(operation));
+                }
+            };
+            entry.probe = false;
+            let Busy { holder, left, booked } = match entered {
+                Entered::Absent => {
+                    attempt.armed = false;
+                    return Ok(None);
+                }
+                Entered::Granted { found, clean } => {
+                    attempt.armed = false;
+                    return Ok(Some((found, clean)));
+                }
+                Entered::Busy(busy) => busy,
+            };
+            if rest < Duration::from_millis(1) {
+                attempt.leave_place(booked);
+                return Err(lock_timeout(operation, wait, holder));
+            }
+            // A little later than the lease ends, and not all at the same moment.
+            let jitter = Duration::from_micros(1000 + u64::from(entry.token.to_bytes()[0]) * 31);
+            let limit = rest.min(left + jitter).min(LOOK.saturating_sub(probed.elapsed()) + jitter);
+            match &mut waiter {
+                Some(waiter) if booked => waiter.woken(limit).await,
+                _ => {
+                    let (first, longest) = if booked { NEXT } else { BEHIND };
+                    let pause = (first * (1 << tries.min(6))).min(longest);
+                    // Between half and one and a half of it, so that two who met once do not meet again.
+                    let share = f64::from(entry.token.to_bytes()[tries % 16] % 16) / 16.0;
+                    tokio::time::sleep(limit.min(pause.mul_f64(0.5 + share))).await;
+                }
+            }
+            tries += 1;
+        }
+    }
+
+    /// Gives up whatever `token` has, also to a database that comes back a moment later; otherwise that ends with its lease.
+    async fn give_up(&self, key: &str, token: LeaseToken, clean: bool) {
+        let mut pauses = PAUSES.iter();
+        while let Err(failure) = self.database.leave(key, token, clean).await {
+            match pauses.next() {
+                Some(pause) if failure.kind == ErrorKind::Unavailable => tokio::time::sleep(*pause).await,
+                _ => {
+                    tracing::debug!(kind = %failure.kind, "a lock could not be given back and ends with its lease");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("config", &self.config).field("database", &self.database).finish()
+    }
+}
+
+impl LeasedStore for Store {
+    type Place = Row;
+    type Claim = LeaseToken;
+
+    fn place(&self, id: &SessionId) -> Row {
+        Row { key: self.key(id) }
+    }
+
+    fn claim(&self, _lease: Duration) -> Result<LeaseToken> {
+        LeaseToken::random()
+    }
+
+    fn token(claim: &LeaseToken) -> LeaseToken {
+        *claim
+    }
+
+    fn max_bytes(&self) -> usize {
+        self.config.max_bytes
+    }
+
+    async fn acquire(
+        self: &Arc<Self>,
+        operation: &'static str,
+        row: &Arc<Row>,
+        want: Want,
+        wait: Duration,
+        lease: Duration,
+    ) -> Result<Granted<LeaseToken>> {
+        let began = Instant::now();
+        let token = LeaseToken::random()?;
+        let entry = Enter { key: row.key.clone(), token, lease: millis(lease), want, book: 0, probe: false };
+        let mut attempt = Attempt { store: self, row, token, armed: true };
+        let granted = match self.enter(&entry).await {
+            Ok(Entered::Absent) => {
+                attempt.armed = false;
+                None
+            }
+            Ok(Entered::Granted { found, clean }) => {
+                attempt.armed = false;
+                Some((found, clean))
+            }
+            Ok(Entered::Busy(busy)) if wait.is_zero() => {
+                attempt.armed = false;
+                return Err(lock_timeout(operation, wait, busy.holder));
+            }
+            // On the heap, so that whoever need not wait does not carry the room for it.
+            Ok(Entered::Busy(_)) => Box::pin(self.wait(operation, &mut attempt, entry, wait, began)).await?,
+            Err(failure) => {
+                attempt.armed = failure.sent;
+                return Err(failure.into_error(operation));
+            }
+        };
+        Ok(match granted {
+            None => Granted::Absent,
+            Some((found, clean)) => Granted::Locked { claim: token, found, clean },
+        })
+    }
+
+    async fn look(&self, operation: &'static str, row: &Row) -> Result<Found, Failed> {
+        match self.database.look(&row.key).await {
+            Err(failure) if failure.passing => self.database.look(&row.key).await,
+            found => found,
+        }
+        .map_err(|failure| failure.into_failed(operation))
+    }
+
+    async fn change(&self, row: &Row, step: &Step<'_, LeaseToken>) -> Asked<Verdict> {
+        let change = Alter {
+            key: row.key.clone(),
+            basis: step.basis,
+            token: step.claim.copied(),
+            lease: step.lease.map(millis),
+            action: match step.action {
+                leased::Action::Write { id, data, ttl } => Action::Write { id, data: data.to_vec(), ttl },
+                leased::Action::Touch { ttl } => Action::Touch { ttl },
+            },
+            then: step.then,
+        };
+        let changes = std::slice::from_ref(&change);
+        let Asked { answer, repeated } = twice(step.operation(), || self.database.change(changes)).await;
+        let answer = answer.and_then(|answers| only(answers).map_err(|failure| failure.into_failed(step.operation())));
+        Asked { answer, repeated }
+    }
+
+    async fn remove(&self, row: &Row, step: &Removal<'_, LeaseToken>) -> Asked<Option<Record>> {
+        let removal = Remove {
+            key: row.key.clone(),
+            token: step.claim.copied(),
+            lease: if step.lease.is_zero() { 0 } else { millis(step.lease) },
+            mark: step.mark,
+            trace: step.trace,
+            then: step.then,
+        };
+        twice("destroy", || self.database.remove(&removal)).await
+    }
+
+    async fn renew(&self, leases: &[Renewal<Row>]) -> Vec<Result<Renewed, Failed>> {
+        let renewals: Vec<_> = leases
+            .iter()
+            .map(|lease| Renew {
+                key: lease.place.key.clone(),
+                token: lease.token,
+                lease: millis(lease.length),
+                protects: lease.protects,
+            })
+            .collect();
+        match twice("renew", || self.database.renew(&renewals)).await.answer {
+            Ok(outcomes) if outcomes.len() == leases.len() => outcomes.into_iter().map(Ok).collect(),
+            Ok(_) => leases.iter().map(|_| Err(Failure::unexpected("an answer is missing").into_failed("renew"))).collect(),
+            Err(Failed { error, sent }) => {
+                let again = || Failed { error: Error::new(error.kind(), "renew", "the database did not answer"), sent };
+                leases.iter().map(|_| Err(again())).collect()
+            }
+        }
+    }
+
+    async fn release(&self, operation: &'static str, row: &Row, token: LeaseToken) -> Result<(), Failed> {
+        twice(operation, || self.database.leave(&row.key, token, true)).await.answer
+    }
+
+    fn release_later(self: &Arc<Self>, row: &Arc<Row>, token: LeaseToken, clean: bool) {
+        if let Ok(runtime) = Handle::try_current() {
+            let (store, row) = (self.clone(), row.clone());
+            runtime.spawn(async move { store.give_up(&row.key, token, clean).await });
+        }
+    }
+}
+
+/// Asks once, and once more if that fails in passing.
+async fn twice<T, F>(operation: &'static str, ask: impl Fn() -> F) -> Asked<T>
+where
+    F: Future<Output = Result<T, Failure>>,
+{
+    match ask().await {
+        Err(failure) if failure.passing => {
+            let answer = ask().await.map_err(|failure| failure.into_failed(operation));
+            Asked { answer, repeated: failure.sent }
+        }
+        answer => Asked { answer: answer.map_err(|failure| failure.into_failed(operation)), repeated: false },
+    }
+}
+
+fn only<T>(answers: Vec<Option<T>>) -> Result<T, Failure> {
+    answers.into_iter().flatten().next().ok_or_else(|| Failure::unexpected("an answer is missing"))
+}
+
+fn lock_timeout(operation: &'static str, wait: Duration, holder: Option<session_core::Holder>) -> Error {
+    let fact = format!("the lock was not free within {} ms", wait.as_millis());
+    Error::new(ErrorKind::LockTimeout, operation, fact).with_holder(holder)
+}
+
+/// A request for a lock under way. Dropped before its end, or after an answer that did not come, it is withdrawn in the background.
+struct Attempt<'a> {
+    store: &'a Arc<Store>,
+    row: &'a Arc<Row>,
+    token: LeaseToken,
+    armed: bool,
+}
+
+impl Attempt<'_> {
+    async fn give_up(&mut self) {
+        // What fails is tried again behind the caller's back.
+        self.armed = Box::pin(self.store.database.leave(&self.row.key, self.token, true)).await.is_err();
+    }
+
+    /// Leaves the place of a task whose time is over to the next task of this process, for a moment (`protocol.md` 13).
+    fn leave_place(&mut self, booked: bool) {
+        self.armed = false;
+        if let Ok(runtime) = Handle::try_current()
+            && booked
+        {
+            let (store, row, token) = (self.store.clone(), self.row.clone(), self.token);
+            runtime.spawn(async move {
+                tokio::time::sleep(HEIR).await;
+                store.give_up(&row.key, token, true).await;
+            });
+        }
+    }
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        if self.armed {
+            self.store.release_later(self.row, self.token, true);
+        }
+    }
+}
