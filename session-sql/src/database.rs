@@ -21,6 +21,7 @@
 //! precision of a date comes in.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
@@ -112,9 +113,8 @@ impl Owner {
             .take(100)
             .collect();
         let host = if host.is_empty() { "localhost" } else { &host };
-        let (number, _) =
-            WriteId::random()?.to_bytes().split_first_chunk().map_or(([0; 8], &[][..]), |(n, rest)| (*n, rest)).into();
-        Ok(Self { text: format!("pid {} on {host}", std::process::id()), process: i64::from_le_bytes(number) })
+        let number = u128::from_le_bytes(WriteId::random()?.to_bytes()) as i64;
+        Ok(Self { text: format!("pid {} on {host}", std::process::id()), process: number })
     }
 }
 
@@ -170,6 +170,14 @@ pub(crate) struct Alter {
 }
 
 impl Alter {
+    /// Returns how many bytes it carries.
+    pub(crate) fn bytes(&self) -> usize {
+        match &self.action {
+            Action::Write { data, .. } => data.len(),
+            Action::Touch { .. } => 0,
+        }
+    }
+
     /// Whether this is the first write of a fresh id that stays open, which takes the lock.
     pub(crate) fn takes(&self) -> bool {
         self.basis == Basis::Unseen && self.lease.is_some() && self.then == Then::Keep
@@ -178,7 +186,7 @@ impl Alter {
 
 #[derive(Clone)]
 pub(crate) enum Action {
-    Write { id: WriteId, data: Vec<u8>, ttl: Ttl },
+    Write { id: WriteId, data: Arc<[u8]>, ttl: Ttl },
     Touch { ttl: Ttl },
 }
 

@@ -7,6 +7,7 @@
 compile_error!("session-sql needs at least one of its features postgres, mysql and sqlite");
 
 mod admin;
+mod batches;
 mod config;
 mod database;
 mod handler;

@@ -12,6 +12,7 @@ use session_core::leased::{
 use session_core::{Error, ErrorKind, LeaseToken, Record, Result, SessionId};
 use tokio::runtime::Handle;
 
+use crate::batches::Batches;
 use crate::config::SqlConfig;
 use crate::database::{Action, Alter, Busy, Database, Enter, Entered, Failure, Remove, Renew, millis};
 
@@ -30,6 +31,7 @@ const BEHIND: (Duration, Duration) = (Duration::from_millis(3), Duration::from_m
 
 pub(crate) struct Store {
     pub(crate) database: Arc<dyn Database>,
+    batches: Batches,
     pub(crate) config: SqlConfig,
 }
 
@@ -41,7 +43,7 @@ pub(crate) struct Row {
 
 impl Store {
     pub(crate) fn new(database: Arc<dyn Database>, config: SqlConfig) -> Arc<Self> {
-        Arc::new(Self { database, config })
+        Arc::new(Self { batches: Batches::new(database.clone()), database, config })
     }
 
     pub(crate) fn key(&self, id: &SessionId) -> String {
@@ -52,8 +54,7 @@ impl Store {
     async fn enter(&self, entry: &Enter) -> Result<Entered, Failure> {
         let mut sent = false;
         for last in [false, true] {
-            let outcome = self.database.enter(std::slice::from_ref(entry)).await;
-            match outcome.and_then(only) {
+            match self.batches.enter(entry.clone()).await {
                 Err(mut failure) => {
                     sent |= failure.sent;
                     failure.sent = sent;
@@ -220,15 +221,21 @@ impl LeasedStore for Store {
             token: step.claim.copied(),
             lease: step.lease.map(millis),
             action: match step.action {
-                leased::Action::Write { id, data, ttl } => Action::Write { id, data: data.to_vec(), ttl },
+                leased::Action::Write { id, data, ttl } => Action::Write { id, data: data.into(), ttl },
                 leased::Action::Touch { ttl } => Action::Touch { ttl },
             },
             then: step.then,
         };
-        let changes = std::slice::from_ref(&change);
-        let Asked { answer, repeated } = twice(step.operation(), || self.database.change(changes)).await;
-        let answer = answer.and_then(|answers| only(answers).map_err(|failure| failure.into_failed(step.operation())));
-        Asked { answer, repeated }
+        let (judged, mut repeated) = self.batches.change(change.clone()).await;
+        let judged = match judged {
+            Err(failure) if failure.passing => {
+                let (again, before) = self.batches.change(change).await;
+                repeated |= failure.sent || before;
+                again
+            }
+            judged => judged,
+        };
+        Asked { answer: judged.map_err(|failure| failure.into_failed(step.operation())), repeated }
     }
 
     async fn remove(&self, row: &Row, step: &Removal<'_, LeaseToken>) -> Asked<Option<Record>> {
@@ -287,10 +294,6 @@ where
         }
         answer => Asked { answer: answer.map_err(|failure| failure.into_failed(operation)), repeated: false },
     }
-}
-
-fn only<T>(answers: Vec<Option<T>>) -> Result<T, Failure> {
-    answers.into_iter().flatten().next().ok_or_else(|| Failure::unexpected("an answer is missing"))
 }
 
 fn lock_timeout(operation: &'static str, wait: Duration, holder: Option<session_core::Holder>) -> Error {
