@@ -28,6 +28,7 @@
 //! |---|---|
 //! | `file` | `file://` and the module [`file`](https://docs.rs/session-file): one two-slot file per session, under kernel locks |
 //! | `redis` | `redis://`, `rediss://`, `redis+unix://`, `redis+sentinel://`, `redis+cluster://` and the module [`redis`](https://docs.rs/session-redis) |
+//! | `postgres`, `mysql`, `sqlite` | `postgres://`, `mysql://` (MariaDB, too), `sqlite://` and the module [`sql`](https://docs.rs/session-sql) |
 //! | `json`, `postcard`, `bincode` | the codec of that name, as `codec=…`; MessagePack is always there |
 //!
 //! Enabling a feature only adds.
@@ -41,6 +42,9 @@ pub use session_file as file;
 /// The Redis backend: `redis://host:6379/0`, with TLS, sockets, Sentinel and Cluster.
 #[cfg(feature = "redis")]
 pub use session_redis as redis;
+/// The SQL backend: `postgres://`, `mysql://`, `sqlite://`.
+#[cfg(any(feature = "postgres", feature = "mysql", feature = "sqlite"))]
+pub use session_sql as sql;
 
 /// The schemes that this build knows, for error messages.
 const SCHEMES: &[&str] = &[
@@ -57,6 +61,12 @@ const SCHEMES: &[&str] = &[
     "redis+sentinel",
     #[cfg(feature = "redis")]
     "redis+cluster",
+    #[cfg(feature = "postgres")]
+    "postgres",
+    #[cfg(feature = "mysql")]
+    "mysql",
+    #[cfg(feature = "sqlite")]
+    "sqlite",
 ];
 
 /// Schemes that a Cargo feature brings, with that feature.
@@ -67,6 +77,11 @@ const FEATURES: &[(&str, &str)] = &[
     ("redis+unix", "redis"),
     ("redis+sentinel", "redis"),
     ("redis+cluster", "redis"),
+    ("postgres", "postgres"),
+    ("postgresql", "postgres"),
+    ("mysql", "mysql"),
+    ("mariadb", "mysql"),
+    ("sqlite", "sqlite"),
 ];
 
 /// Opens the store of `dsn` as an application uses it: the backend, the layers [`HashIds`] (unless `hash_ids=off`) and
@@ -119,6 +134,12 @@ async fn open(dsn: &Dsn) -> Result<(Arc<dyn SessionHandler>, &'static str)> {
         #[cfg(feature = "redis")]
         scheme if redis::RedisConfig::SCHEMES.contains(&scheme) => {
             Ok((Arc::new(redis::RedisHandler::connect(redis::RedisConfig::from_dsn(dsn)?).await?), "redis"))
+        }
+        #[cfg(any(feature = "postgres", feature = "mysql", feature = "sqlite"))]
+        scheme if sql::SqlConfig::SCHEMES.contains(&scheme) => {
+            let config = sql::SqlConfig::from_dsn(dsn)?;
+            let name = config.server.name();
+            Ok((Arc::new(sql::SqlHandler::connect(config).await?), name))
         }
         scheme => Err(unknown(scheme)),
     }
@@ -173,7 +194,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_unknown_scheme_lists_the_known_ones() {
-        for scheme in ["memcache", "postgres", "mysql", "sqlite", "ftp"] {
+        for scheme in ["memcache", "ftp"] {
             let text = refusal(&format!("{scheme}://me:hunter2@h/0")).await;
             assert!(text.contains(&format!("unknown scheme {scheme}://")) && text.contains("memory://"), "{text}");
             assert!(!text.contains("hunter2"), "{text}");
@@ -190,6 +211,36 @@ mod tests {
     #[tokio::test]
     async fn redis_that_is_not_compiled_in_names_its_feature() {
         assert!(refusal("redis+cluster://:hunter2@h").await.contains("needs the Cargo feature redis"));
+    }
+
+    #[cfg(not(any(feature = "postgres", feature = "mysql", feature = "sqlite")))]
+    #[tokio::test]
+    async fn a_database_that_is_not_compiled_in_names_its_feature() {
+        for (scheme, feature) in [("postgresql", "postgres"), ("mariadb", "mysql"), ("sqlite", "sqlite")] {
+            let text = refusal(&format!("{scheme}://me:hunter2@h/app")).await;
+            assert!(text.contains(&format!("needs the Cargo feature {feature}")) && !text.contains("hunter2"), "{text}");
+        }
+    }
+
+    #[cfg(feature = "postgres")]
+    #[tokio::test]
+    async fn a_database_that_is_not_there_is_unavailable_and_its_password_is_not_shown() {
+        let error = handler("postgres://me:hunter2@127.0.0.1:1/app").await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        assert!(!format!("{error:?}").contains("hunter2"));
+    }
+
+    #[cfg(feature = "sqlite")]
+    #[tokio::test]
+    async fn a_database_in_a_file_is_reached_by_its_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let dsn = format!("sqlite://{}/sessions.db?create=on", directory.path().display());
+        let sessions = connect(&dsn).await.unwrap();
+        let mut session = sessions.create().unwrap();
+        session.insert("n", &7).unwrap();
+        let id = session.id().clone();
+        session.close().await.unwrap();
+        assert_eq!(connect(&dsn).await.unwrap().view(&id).await.unwrap().get::<i32>("n").unwrap(), Some(7));
     }
 
     #[cfg(feature = "redis")]

@@ -62,6 +62,18 @@ impl fmt::Debug for SqlAddress {
     }
 }
 
+impl SqlServer {
+    /// Returns the kind of database in one word, for metrics: `postgres`, `mysql`, `sqlite`.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Postgres(_) => "postgres",
+            Self::MySql(_) => "mysql",
+            Self::Sqlite(_) => "sqlite",
+        }
+    }
+}
+
 impl fmt::Debug for SqlServer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -262,8 +274,8 @@ impl SqlConfig {
                 "table= is not a name of letters, digits and underscores, at most 63, with a schema before a dot if need be";
             return Err(config(fact));
         }
-        if self.prefix.len() > 64 || !self.prefix.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err(config("prefix= may have at most 64 characters, letters, digits and signs of ASCII"));
+        if self.prefix.len() > 200 || !self.prefix.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(config("prefix= may have at most 200 characters, letters, digits and signs of ASCII"));
         }
         if self.connections == 0 {
             return Err(config("connections= must be 1 at least"));

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use session_core::{Dsn, Error, ErrorKind, OpenRequest, SessionAdmin, SessionHandler, SessionId, SessionLock, WriteId};
-use sessionkit::{Sessions, file, redis};
+use sessionkit::{Sessions, file, redis, sql};
 use tempfile::TempDir;
 
 use crate::failure::Failure;
@@ -47,6 +47,9 @@ pub(crate) async fn lock(dsn: &str) -> session_core::Result<Arc<dyn SessionLock>
         "file" => Ok(Arc::new(file::FileLock::open_dir(file::FileConfig::from_dsn(&parsed)?)?)),
         scheme if redis::RedisConfig::SCHEMES.contains(&scheme) => {
             Ok(Arc::new(redis::RedisLock::connect(redis::RedisConfig::from_dsn(&parsed)?).await?))
+        }
+        scheme if sql::SqlConfig::SCHEMES.contains(&scheme) => {
+            Ok(Arc::new(sql::SqlLock::connect(sql::SqlConfig::from_dsn(&parsed)?).await?))
         }
         _ => Err(Error::new(ErrorKind::Unsupported, "lock", "this store has no lock that could be used alone")),
     }
@@ -174,11 +177,14 @@ pub(crate) struct ServerDsn {
     prefix: String,
 }
 
-/// What the backends put before every key unless they are told otherwise. A user of the server may be allowed no other keys.
-const PREFIX: &str = "session:";
+/// What a backend puts before every key unless it is told otherwise. A user of the server may be allowed no other keys.
+fn default_prefix(scheme: &str) -> &'static str {
+    if sql::SqlConfig::SCHEMES.contains(&scheme) { "" } else { "session:" }
+}
 
 /// The schemes of one server in plain TCP, and their ports.
-const PLAIN_TCP: &[(&str, u16)] = &[("redis", 6379)];
+const PLAIN_TCP: &[(&str, u16)] =
+    &[("redis", 6379), ("postgres", 5432), ("postgresql", 5432), ("mysql", 3306), ("mariadb", 3306)];
 
 impl ServerDsn {
     fn new(dsn: &str) -> session_core::Result<Self> {
@@ -198,7 +204,7 @@ impl ServerDsn {
             hosts: hosts.to_owned(),
             path: path.to_owned(),
             options: options.map(Into::into).collect(),
-            prefix: parsed.option("prefix").unwrap_or(PREFIX).to_owned(),
+            prefix: parsed.option("prefix").unwrap_or(default_prefix(scheme)).to_owned(),
         })
     }
 
@@ -312,6 +318,10 @@ mod tests {
         assert_eq!(Dsn::parse(&through.text()).unwrap().password(), Some("p@ss"));
         assert!(!format!("{server:?}").contains("p%40ss") && !format!("{server:?}").contains("me:"));
         assert_eq!(ServerDsn::new("redis://h").unwrap().within("x:").prefix, "session:x:");
+        assert_eq!(ServerDsn::new("postgres://me:pw@h/app").unwrap().within("x:").prefix, "x:");
+        assert_eq!(ServerDsn::new("mysql://me:pw@h/app").unwrap().plain_tcp().as_deref(), Some("h:3306"));
+        let lite = ServerDsn::new("sqlite:///tmp/s.db?create=on").unwrap().within("x:");
+        assert_eq!((lite.plain_tcp(), lite.text()), (None, "sqlite:///tmp/s.db?prefix=x%3A&create=on".to_owned()));
         assert_eq!(ServerDsn::new("redis://h?prefix=").unwrap().within("x:").prefix, "x:");
         for other in ["redis+cluster://h1,h2", "redis://h?tls=on", "redis+unix:///run/redis.sock", "rediss://h"] {
             assert_eq!(ServerDsn::new(other).unwrap().plain_tcp(), None, "{other}");
