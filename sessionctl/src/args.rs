@@ -15,8 +15,9 @@ Stores:
   file:///srv/sessions?depth=2&durability=none|data|full
   redis://[user:password@]host:6379/0   rediss://…   redis+unix:///run/redis.sock?db=0
   redis+sentinel://h1,h2,h3/mymaster   redis+cluster://h1,h2,h3
-  postgres://[user:password@]host:5432/database   mysql://…   sqlite:///path/sessions.db   (?table=sessions&create=on)
     each with ?timeout= connect_timeout= wait_replicas= wake=push|poll
+  postgres://[user:password@]host:5432/database   mysql://…   sqlite:///path/sessions.db
+    each with ?table= create=on|off connections= timeout= connect_timeout=
   memory://
   with any of ttl= absolute_ttl= wait= lease= max_hold= locking=on|off queue= strict_expiry=
   hash_ids= codec= max_bytes= prefix=; lengths of time are 500ms, 30s, 20m, 2h
