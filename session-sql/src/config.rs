@@ -25,6 +25,19 @@ pub enum SqlServer {
     Sqlite(PathBuf),
 }
 
+/// What an acknowledged save survives in SQLite. A killed process never costs one, and the file stays whole, at any level.
+#[cfg(feature = "sqlite")]
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Durability {
+    /// Killed processes, not power cuts: nobody waits for the disk (`synchronous=NORMAL`). A power cut may take the last saves.
+    None,
+    /// Power cuts too: what is saved together waits for one sync of the log (`synchronous=FULL`). Locks do not wait: they need not
+    /// outlive whoever holds them.
+    #[default]
+    Data,
+}
+
 /// Where a database server is, and who we are there. `Debug` shows neither user nor password.
 #[non_exhaustive]
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -108,6 +121,9 @@ pub struct SqlConfig {
     pub max_bytes: usize,
     /// Whether a lease that has ended no longer writes, even if nobody took over. Default no: such a write endangers nothing.
     pub strict_expiry: bool,
+    /// What an acknowledged save survives in SQLite. Default power cuts, too; the other databases go by their own settings.
+    #[cfg(feature = "sqlite")]
+    pub durability: Durability,
 }
 
 impl SqlConfig {
@@ -129,7 +145,17 @@ impl SqlConfig {
     ];
 
     /// The options of these DSNs beside the common ones.
-    pub const OPTIONS: &[&str] = &["table", "create", "lock", "connections", "timeout", "connect_timeout", "socket"];
+    pub const OPTIONS: &[&str] = &[
+        "table",
+        "create",
+        "lock",
+        "connections",
+        "timeout",
+        "connect_timeout",
+        "socket",
+        #[cfg(feature = "sqlite")]
+        "durability",
+    ];
 
     /// Takes the defaults for `server`.
     #[must_use]
@@ -144,6 +170,8 @@ impl SqlConfig {
             connect_timeout: Duration::from_secs(2),
             max_bytes: Self::DEFAULT_MAX_BYTES,
             strict_expiry: false,
+            #[cfg(feature = "sqlite")]
+            durability: Durability::default(),
         }
     }
 
@@ -203,6 +231,13 @@ impl SqlConfig {
             this.max_bytes = bytes as usize;
         }
         this.strict_expiry = dsn.flag("strict_expiry")?.unwrap_or(false);
+        #[cfg(feature = "sqlite")]
+        if let Some(durability) = dsn.choice("durability", &[("none", Durability::None), ("data", Durability::Data)])? {
+            if !matches!(this.server, SqlServer::Sqlite(_)) {
+                return Err(config("durability= is of SQLite; other databases go by their own settings"));
+            }
+            this.durability = durability;
+        }
         this.check()?;
         Ok(this)
     }
@@ -260,6 +295,14 @@ impl SqlConfig {
     #[must_use]
     pub fn with_strict_expiry(mut self, strict: bool) -> Self {
         self.strict_expiry = strict;
+        self
+    }
+
+    /// The same with another durability.
+    #[cfg(feature = "sqlite")]
+    #[must_use]
+    pub fn with_durability(mut self, durability: Durability) -> Self {
+        self.durability = durability;
         self
     }
 

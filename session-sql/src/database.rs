@@ -200,7 +200,7 @@ impl fmt::Debug for Action {
 }
 
 /// A removal; see [`Removal`](session_core::leased::Removal).
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Remove {
     pub(crate) key: String,
     pub(crate) token: Option<LeaseToken>,
@@ -213,7 +213,7 @@ pub(crate) struct Remove {
 }
 
 /// A lease to renew; see [`Renewal`](session_core::leased::Renewal).
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Renew {
     pub(crate) key: String,
     pub(crate) token: LeaseToken,

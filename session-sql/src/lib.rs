@@ -20,6 +20,8 @@ mod postgres;
 mod sqlite;
 mod store;
 
+#[cfg(feature = "sqlite")]
+pub use config::Durability;
 pub use config::{SqlAddress, SqlConfig, SqlServer};
 pub use handler::SqlHandler;
 pub use lock::SqlLock;

@@ -1,13 +1,145 @@
-//! (skeleton)
+//! SQLite: one thread of a handler writes, and whatever waits at that moment shares a transaction; others read beside it.
+//!
+//! The steps are judged in Rust on the row as it stands (`row`), inside a transaction that nobody else can write beside. What no
+//! power cut may take is synced before anybody is told of it; who holds a lock need not outlive the machine.
+
+mod job;
+mod place;
+mod readers;
+mod row;
+mod table;
+mod writer;
+
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use session_core::leased::{Found, Renewed, Verdict};
+use session_core::{LeaseToken, Record};
 
 use crate::config::SqlConfig;
-use crate::database::{Database, Failure, Owner};
+use crate::database::{Alter, Database, Enter, Entered, Failure, Listed, Locked, Owner, Remove, Renew, Waiter};
+use place::Place;
+use readers::Readers;
+use table::{Fitness, Table};
+use writer::Writer;
 
-pub(crate) async fn connect(
-    _address: &std::path::Path,
-    _config: &SqlConfig,
-    _owner: Owner,
-) -> Result<Arc<dyn Database>, Failure> {
-    Err(Failure::new(session_core::ErrorKind::Config, "skeleton"))
+/// How many rows a transaction of gc frees, so that it holds up nobody.
+const CHUNK: u32 = 200;
+
+/// What all threads of a handler know.
+#[derive(Debug)]
+struct Shared {
+    place: Place,
+    table: Table,
+    owner: Owner,
+    strict: bool,
+    timeout: Duration,
+}
+
+#[derive(Debug)]
+struct Sqlite {
+    writer: Writer,
+    readers: Readers,
+}
+
+pub(crate) async fn connect(path: &Path, config: &SqlConfig, owner: Owner) -> Result<Arc<dyn Database>, Failure> {
+    if config.table.contains('.') && !config.table.starts_with("main.") {
+        return Err(place::config("table= of SQLite has no schema, or the schema main"));
+    }
+    let place = Place::new(path, config.durability, config.create)?;
+    let shared =
+        Shared { place, table: Table::new(&config.table), owner, strict: config.strict_expiry, timeout: config.timeout };
+    let shared = Arc::new(shared);
+    let writer = Writer::start(shared.clone()).map_err(|error| {
+        let mut failure = Failure::new(session_core::ErrorKind::Unavailable, "no thread could be started");
+        failure.source = Some(Box::new(error));
+        failure
+    })?;
+    Ok(Arc::new(Sqlite { writer, readers: Readers::new(shared, config.connections) }))
+}
+
+#[async_trait]
+impl Database for Sqlite {
+    async fn enter(&self, entries: &[Enter]) -> Result<Vec<Option<Entered>>, Failure> {
+        let entries = entries.to_vec();
+        let work =
+            move |turn: &table::Turn<'_>| entries.iter().map(|entry| turn.enter(entry, |_| false).map(Some)).collect();
+        self.writer.ask(false, 0, work).await
+    }
+
+    async fn change(&self, changes: &[Alter]) -> Result<Vec<Option<Verdict>>, Failure> {
+        let changes = changes.to_vec();
+        let bytes = changes.iter().map(Alter::bytes).sum();
+        let work = move |turn: &table::Turn<'_>| changes.iter().map(|change| turn.change(change).map(Some)).collect();
+        self.writer.ask(true, bytes, work).await
+    }
+
+    async fn look(&self, key: &str) -> Result<Found, Failure> {
+        let key = key.to_owned();
+        self.readers.ask(move |connection, table| table.look(connection, &key)).await
+    }
+
+    async fn remove(&self, removal: &Remove) -> Result<Option<Record>, Failure> {
+        let removal = removal.clone();
+        self.writer.ask(true, 0, move |turn| turn.remove(&removal)).await
+    }
+
+    async fn renew(&self, leases: &[Renew]) -> Result<Vec<Renewed>, Failure> {
+        let leases = leases.to_vec();
+        self.writer.ask(false, 0, move |turn| leases.iter().map(|lease| turn.renew(lease)).collect()).await
+    }
+
+    async fn leave(&self, key: &str, token: LeaseToken, clean: bool) -> Result<(), Failure> {
+        let key = key.to_owned();
+        self.writer.ask(false, 0, move |turn| turn.leave(&key, token, clean)).await
+    }
+
+    async fn gc(&self, limit: u32) -> Result<u64, Failure> {
+        let (mut left, mut expired) = (limit, 0);
+        while left > 0 {
+            let chunk = left.min(CHUNK);
+            let (rows, records) = self.writer.ask(false, 0, move |turn| turn.gc(chunk)).await?;
+            expired += records;
+            left -= chunk.min(rows);
+            if rows < chunk {
+                break;
+            }
+        }
+        Ok(expired)
+    }
+
+    async fn list(&self, prefix: &str, after: Option<&str>, limit: u32) -> Result<Vec<Listed>, Failure> {
+        let (prefix, after) = (prefix.to_owned(), after.map(str::to_owned));
+        self.readers.ask(move |connection, table| table.list(connection, &prefix, after.as_deref(), limit)).await
+    }
+
+    async fn locks(&self, prefix: &str, limit: u32) -> Result<Vec<Locked>, Failure> {
+        let prefix = prefix.to_owned();
+        self.readers.ask(move |connection, table| table.locks(connection, &prefix, limit)).await
+    }
+
+    async fn unlock(&self, key: &str) -> Result<bool, Failure> {
+        let key = key.to_owned();
+        self.writer.ask(false, 0, move |turn| turn.unlock(&key)).await
+    }
+
+    async fn create_table(&self) -> Result<(), Failure> {
+        self.writer.ask(true, 0, |turn| turn.table.create(turn.connection)).await
+    }
+
+    async fn check(&self) -> Result<(), Failure> {
+        match self.writer.ask(false, 0, |turn| turn.table.check(turn.connection)).await? {
+            Fitness::Fits => Ok(()),
+            Fitness::Missing => Err(place::missing()),
+            Fitness::Foreign => Err(place::config(
+                "there is something of the name of the table that is not a table of this version; choose another with table=",
+            )),
+        }
+    }
+
+    async fn waiter(&self, _token: LeaseToken) -> Option<Box<dyn Waiter>> {
+        None
+    }
 }

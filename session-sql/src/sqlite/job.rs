@@ -1,0 +1,86 @@
+//! A request on its way to a thread: who asked, whether he still waits, and how he is told.
+//!
+//! Nothing here knows a database.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use session_core::ErrorKind;
+use tokio::sync::oneshot;
+
+use crate::database::Failure;
+
+const WAITS: u8 = 0;
+const STARTED: u8 = 1;
+const WITHDRAWN: u8 = 2;
+
+/// The thread ends a request of itself; this is how much later its caller no longer waits for that.
+const GRACE: Duration = Duration::from_millis(50);
+
+/// The side of the thread.
+#[derive(Debug)]
+pub(super) struct Request<T> {
+    state: Arc<AtomicU8>,
+    reply: oneshot::Sender<Result<T, Failure>>,
+    pub(super) deadline: Instant,
+}
+
+/// The side of the caller. Dropped before the thread has come to it, the request is not carried out.
+#[derive(Debug)]
+pub(super) struct Caller<T> {
+    state: Arc<AtomicU8>,
+    answer: oneshot::Receiver<Result<T, Failure>>,
+    deadline: Instant,
+}
+
+pub(super) fn request<T>(timeout: Duration) -> (Request<T>, Caller<T>) {
+    let (reply, answer) = oneshot::channel();
+    let state = Arc::new(AtomicU8::new(WAITS));
+    let deadline = Instant::now() + timeout;
+    (Request { state: state.clone(), reply, deadline }, Caller { state, answer, deadline })
+}
+
+impl<T> Request<T> {
+    /// Says that it is being carried out from now on; false if its caller has gone.
+    pub(super) fn start(&self) -> bool {
+        let started = self.state.compare_exchange(WAITS, STARTED, Ordering::AcqRel, Ordering::Acquire);
+        started != Err(WITHDRAWN)
+    }
+
+    pub(super) fn is_withdrawn(&self) -> bool {
+        self.state.load(Ordering::Acquire) == WITHDRAWN
+    }
+
+    pub(super) fn tell(self, outcome: Result<T, Failure>) {
+        // Whoever has gone need not be told.
+        let _ = self.reply.send(outcome);
+    }
+}
+
+impl<T> Caller<T> {
+    pub(super) async fn answer(mut self) -> Result<T, Failure> {
+        let limit = tokio::time::Instant::from_std(self.deadline + GRACE);
+        match tokio::time::timeout_at(limit, &mut self.answer).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) => Err(self.lost("the thread of the database has ended without an answer")),
+            Err(_) => Err(self.lost("the database file did not answer in time")),
+        }
+    }
+
+    fn lost(&self, message: &'static str) -> Failure {
+        let mut failure = Failure::new(ErrorKind::Unavailable, message);
+        failure.sent = !self.withdraw();
+        failure
+    }
+
+    fn withdraw(&self) -> bool {
+        self.state.compare_exchange(WAITS, WITHDRAWN, Ordering::AcqRel, Ordering::Acquire) != Err(STARTED)
+    }
+}
+
+impl<T> Drop for Caller<T> {
+    fn drop(&mut self) {
+        self.withdraw();
+    }
+}

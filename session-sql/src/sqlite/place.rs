@@ -1,0 +1,174 @@
+//! The file: how a connection to it is made, and what its errors mean for whoever asked.
+//!
+//! Nothing here knows a table.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rusqlite::{Connection, ErrorCode, OpenFlags, ffi};
+use session_core::ErrorKind;
+
+use crate::config::Durability;
+use crate::database::Failure;
+
+/// As many statements as there are, and a few to spare.
+const STATEMENTS: usize = 32;
+
+/// The write-ahead log is cut back to this after it has grown beyond.
+const LOG: i64 = 64 << 20;
+
+#[derive(Debug)]
+pub(super) struct Place {
+    path: PathBuf,
+    pub(super) durability: Durability,
+}
+
+impl Place {
+    /// Takes the path of a file, which is made if `create` says so: for its owner alone, because who reads it has every session.
+    pub(super) fn new(path: &Path, durability: Durability, create: bool) -> Result<Self, Failure> {
+        if !path.is_absolute() {
+            return Err(config("the path of the database file has to begin with a slash"));
+        }
+        let this = Self { path: path.to_owned(), durability };
+        match fs::metadata(path) {
+            Ok(file) if file.is_file() => Ok(this),
+            Ok(_) => Err(config("there is something at the path of the database that is not a file")),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && create => this.create().map(|()| this),
+            Err(error) => Err(io_failure(error)),
+        }
+    }
+
+    fn create(&self) -> Result<(), Failure> {
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true);
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        match options.open(&self.path) {
+            Ok(_) => {}
+            // Somebody was faster.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+            Err(error) => return Err(io_failure(error)),
+        }
+        let parent = self.path.parent().unwrap_or(Path::new("/"));
+        // The name of the file has to survive a power cut as what is in it does.
+        File::open(parent).and_then(|parent| parent.sync_all()).map_err(io_failure)
+    }
+
+    /// Connects, to write or only to read.
+    pub(super) fn open(&self, writes: bool) -> rusqlite::Result<Connection> {
+        let access = if writes { OpenFlags::SQLITE_OPEN_READ_WRITE } else { OpenFlags::SQLITE_OPEN_READ_ONLY };
+        let connection = Connection::open_with_flags(&self.path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+        // Its own way of waiting lets whoever has just written go first again and again.
+        connection.busy_timeout(Duration::ZERO)?;
+        connection.set_prepared_statement_cache_capacity(STATEMENTS);
+        Ok(connection)
+    }
+
+    /// Makes the file keep a write-ahead log, without which readers and writers exclude each other; says whether it does.
+    pub(super) fn log_ahead(connection: &Connection) -> rusqlite::Result<bool> {
+        let mode: String = connection.pragma_update_and_check(None, "journal_mode", "wal", |row| row.get(0))?;
+        connection.pragma_update_and_check(None, "journal_size_limit", LOG, |_| Ok(()))?;
+        Ok(mode == "wal")
+    }
+}
+
+/// Says whether the file is locked at this moment, and nothing else is wrong.
+pub(super) fn is_busy(error: &rusqlite::Error) -> bool {
+    matches!(error.sqlite_error_code(), Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked))
+}
+
+/// Says whether another connection may fare better.
+pub(super) fn spoils_connection(error: &rusqlite::Error) -> bool {
+    use ErrorCode as Code;
+    let spoilt = [Code::SystemIoFailure, Code::CannotOpen, Code::NotADatabase, Code::DatabaseCorrupt, Code::ReadOnly];
+    error.sqlite_error_code().is_some_and(|code| spoilt.contains(&code))
+}
+
+/// Says by what the caller can do what an error means that has left the file as it was.
+pub(super) fn failure(error: rusqlite::Error) -> Failure {
+    use ErrorCode as Code;
+    let rusqlite::Error::SqliteFailure(cause, text) = error else {
+        let text = match &error {
+            rusqlite::Error::SqlInputError { error, msg, .. } if error.code == Code::Unknown => Some(msg.clone()),
+            _ => None,
+        };
+        return text.and_then(|text| schema(&text)).unwrap_or_else(|| match error {
+            rusqlite::Error::FromSqlConversionFailure(..)
+            | rusqlite::Error::InvalidColumnType(..)
+            | rusqlite::Error::IntegralValueOutOfRange(..) => {
+                Failure::new(ErrorKind::Corrupt, "a row of the table holds what no version of this library writes")
+            }
+            // Its text may hold what was written.
+            _ => Failure::unexpected("the database library did not understand a statement"),
+        });
+    };
+    let (kind, message) = match cause.code {
+        Code::DatabaseBusy | Code::DatabaseLocked => {
+            (ErrorKind::Unavailable, "the database file is locked by another program")
+        }
+        Code::DiskFull => (ErrorKind::Unavailable, "the disk of the database file is full; nothing was changed"),
+        Code::OutOfMemory => (ErrorKind::Unavailable, "there is not enough memory"),
+        Code::OperationInterrupted | Code::OperationAborted => (ErrorKind::Unavailable, "the statement was interrupted"),
+        Code::SystemIoFailure => (ErrorKind::Unavailable, "the database file could not be read or written"),
+        Code::CannotOpen => (ErrorKind::Unavailable, "the database file, or the log beside it, cannot be opened"),
+        Code::ReadOnly if cause.extended_code == ffi::SQLITE_READONLY_DBMOVED => {
+            (ErrorKind::Unavailable, "the database file was moved or replaced")
+        }
+        Code::ReadOnly | Code::PermissionDenied | Code::AuthorizationForStatementDenied => {
+            let fact = "the database file, or its directory, cannot be written; the process needs the right to write both";
+            (ErrorKind::Config, fact)
+        }
+        Code::NotADatabase => (ErrorKind::Config, "the file is not a SQLite database, or it is encrypted"),
+        Code::DatabaseCorrupt => (ErrorKind::Corrupt, "the database file is damaged; see PRAGMA integrity_check"),
+        Code::TooBig => (ErrorKind::TooLarge, "the record is larger than SQLite holds"),
+        Code::Unknown => {
+            if let Some(failure) = text.as_deref().and_then(schema) {
+                return failure;
+            }
+            (ErrorKind::Unexpected, "SQLite refused a statement")
+        }
+        _ => (ErrorKind::Unexpected, "SQLite answered what this version does not understand"),
+    };
+    let mut failure = Failure::new(kind, message);
+    // The number and its name; a text of SQLite may quote what an application's trigger says.
+    failure.source = Some(Box::new(cause));
+    failure
+}
+
+/// Recognises what says that the table is not what it should be.
+fn schema(text: &str) -> Option<Failure> {
+    let about = ["no such table", "no such column", "has no column named", "no such index"];
+    about.iter().any(|about| text.contains(about)).then(missing)
+}
+
+pub(super) fn missing() -> Failure {
+    config("the table of sessions is missing; create=on makes it")
+}
+
+pub(super) fn config(message: &'static str) -> Failure {
+    Failure::new(ErrorKind::Config, message)
+}
+
+fn io_failure(error: io::Error) -> Failure {
+    let (kind, message) = match error.kind() {
+        io::ErrorKind::NotFound => {
+            (ErrorKind::Config, "the database file is missing; create=on makes it, in a directory that has to be there")
+        }
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => (
+            ErrorKind::Config,
+            "the database file cannot be reached or made; the process needs the right to write its directory",
+        ),
+        io::ErrorKind::NotADirectory => {
+            (ErrorKind::Config, "the path of the database leads through something that is no directory")
+        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            (ErrorKind::Unavailable, "the disk of the database file is full")
+        }
+        _ => (ErrorKind::Unavailable, "the database file cannot be reached"),
+    };
+    let mut failure = Failure::new(kind, message);
+    failure.source = Some(Box::new(error));
+    failure
+}
