@@ -343,6 +343,21 @@ impl SqlConfig {
             other => return Err(config(format!("{other:?} needs a Cargo feature of session-sql that is off"))),
         };
         let database = connected.map_err(|failure| failure.into_error("connect"))?;
+        self.begin(database).await
+    }
+
+    /// Does the same over what `connect` makes.
+    #[cfg(any(feature = "postgres", feature = "mysql"))]
+    pub(crate) async fn connect_by(
+        self,
+        connect: impl FnOnce(&Self, Owner) -> Result<Arc<dyn Database>>,
+    ) -> Result<Arc<Store>> {
+        self.check()?;
+        let database = connect(&self, Owner::new()?)?;
+        self.begin(database).await
+    }
+
+    async fn begin(self, database: Arc<dyn Database>) -> Result<Arc<Store>> {
         if self.create {
             database.create_table().await.map_err(|failure| failure.into_error("create the table"))?;
         }

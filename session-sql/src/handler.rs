@@ -35,6 +35,21 @@ impl SqlHandler {
         Ok(Self::over(config.connect().await?))
     }
 
+    /// Uses the connections of the application: those that sqlx makes for MySQL and MariaDB. Of `config` everything counts but the
+    /// address and what is said of connections. No connection is kept while a session is open; one of its own, beside the pool,
+    /// shows others that this process is alive.
+    ///
+    /// Over these connections each statement is a trip of its own, and an open is three of them: what `connect` joins in one flight
+    /// would stand as text in the log that sqlx keeps for the application. The connections have to commit by themselves.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    #[cfg(feature = "mysql")]
+    pub async fn from_mysql_pool(pool: sqlx::MySqlPool, config: SqlConfig) -> Result<Self> {
+        let over = |config: &SqlConfig, owner| Ok(crate::mysql::over(pool, config, owner));
+        Ok(Self::over(config.connect_by(over).await?))
+    }
+
     /// Makes the table if it is not there; one that is there is left as it is.
     ///
     /// # Errors
