@@ -4,6 +4,7 @@
 //! refused value in its message, and these two may be secrets.
 
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -115,14 +116,19 @@ pub(crate) enum Command {
     ///              close; with fdatasync after the write for durability=data and full
     ///              redis://: the same client, bare: SET lock NX PX and GET in one pipeline, then a
     ///              script that compares, writes and unlocks
+    ///              SQL: the same client, bare: the two statements of an uncontended cycle of ours,
+    ///              prepared, on as many connections; SQLite: one thread, each statement a commit
     ///   cycle      our handler: open, read, save
     ///   session    all of ours: open, get, insert, close; ids hashed, values encoded, tasks queued
     ///   rename     files: a plain program on plain threads: flock on a lock file, read, write a
     ///              temporary file, fdatasync for data and full, rename, fsync the directory for full
     ///   unlocked   redis://: the same client, bare: GET, then SET, without any lock
+    ///              SQL: the same client, bare: SELECT, then UPDATE by key
+    ///   pgbench    PostgreSQL, where it is installed: the statements of the floor in pgbench
     ///   peer       load, save of tower-sessions-file-store, which neither locks nor syncs, and of
-    ///              tower-sessions-redis-store with a pool of six connections, which does not lock
-    ///   cycle_vs_rename, cycle_vs_unlocked, session_vs_peer
+    ///              tower-sessions-redis-store with a pool of six connections, which does not lock;
+    ///              with --peers, of tower-sessions-sqlx-store, which does not lock either
+    ///   cycle_vs_rename, cycle_vs_unlocked, cycle_vs_pgbench, session_vs_peer
     ///              how many times faster ours is (the peer: only where ours does not sync either)
     ///   handover_processes
     ///              from a holder's close to where the waiter's open returns, in another process
@@ -132,7 +138,7 @@ pub(crate) enum Command {
     /// The ratio is the cycles of a line divided by the cycles beside it: the floor's, except in the
     /// lines that say otherwise. Trips are the round trips of a cycle, counted with one task at a
     /// proxy, in a pass of its own. memory:// has no floor, and gets cycle and session; so do
-    /// servers other than redis://, with hand-overs.
+    /// the other kinds of Redis, with hand-overs.
     #[command(
         verbatim_doc_comment,
         after_help = "Examples:\n  sessionctl bench file:///srv/sessions 'file:///srv/sessions?durability=data'\n  sessionctl bench redis://127.0.0.1/0 --json"
@@ -341,6 +347,9 @@ pub(crate) struct BenchArgs {
     /// How many hand-overs to time
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000), value_name = "N")]
     pub(crate) handovers: u32,
+    /// The program that runs the peers of SQL databases, which cannot be linked into this one: "cargo xtask bench" builds it
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) peers: Option<PathBuf>,
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

@@ -1,11 +1,14 @@
 //! `bench`: our cycle beside the floor, in turns, in one run, and how long a hand-over takes.
 //!
-//! Reading order: [`plain`] (the floor of files), [`redis`] (that of Redis, and its peer), [`ours`] (our cycles), [`handover`].
+//! Reading order: [`plain`] (the floor of files), [`redis`] (that of Redis, and its peer), [`sql`] (that of SQL databases), [`peers`]
+//! (theirs), [`ours`] (our cycles), [`handover`].
 
 mod handover;
 mod ours;
+mod peers;
 mod plain;
 mod redis;
+mod sql;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -15,9 +18,11 @@ use conformance_tests::proxy::Proxy;
 use indicatif::ProgressBar;
 use serde::Serialize;
 use session_core::Dsn;
+use sessionkit::sql::SqlConfig;
 
 pub(crate) use self::handover::wait_for_handovers;
 use self::ours::{HandlerCycle, PeerCycle, SessionCycle};
+use self::peers::ForeignPeer;
 use self::plain::{Program, Sync};
 use crate::args::BenchArgs;
 use crate::failure::Failure;
@@ -104,6 +109,9 @@ enum Contender {
     Peer(PeerCycle),
     RedisPlain(redis::PlainCycle),
     RedisPeer(redis::PeerCycle),
+    SqlPlain(sql::PlainCycle),
+    Pgbench(sql::pgbench::Pgbench),
+    Foreign(ForeignPeer),
 }
 
 /// How long a contender runs while its flights are counted.
@@ -171,6 +179,11 @@ impl<'a> Arena<'a> {
                 let peer = PeerCycle::prepare(&directory.path().join("peer"), tasks, payload).await?;
                 contenders.push(("peer", Contender::Peer(peer)));
             }
+            Place::Prefix(_) if self.is_sql()? => {
+                if let Some(stores) = stores {
+                    self.beside_sql(&stores.dsn("plain")?, tasks, &mut contenders).await?;
+                }
+            }
             Place::Prefix(_) => {
                 // The plain programs speak with one server, in plain TCP.
                 if let Some(stores) = stores.filter(|stores| stores.server().is_some()) {
@@ -185,6 +198,33 @@ impl<'a> Arena<'a> {
             }
         }
         Ok(contenders)
+    }
+
+    fn is_sql(&self) -> session_core::Result<bool> {
+        Ok(SqlConfig::SCHEMES.contains(&Dsn::parse(self.dsn)?.scheme()))
+    }
+
+    /// What runs beside ours on a SQL database.
+    async fn beside_sql(
+        &self,
+        dsn: &str,
+        tasks: usize,
+        contenders: &mut Vec<(&'static str, Contender)>,
+    ) -> Result<(), Failure> {
+        let payload = self.args.payload as usize;
+        let floor = sql::PlainCycle::prepare(dsn, sql::Program::Locked, tasks, payload).await?;
+        contenders.insert(0, ("floor", Contender::SqlPlain(floor)));
+        let unlocked = sql::PlainCycle::prepare(dsn, sql::Program::Unlocked, tasks, payload).await?;
+        contenders.push(("unlocked", Contender::SqlPlain(unlocked)));
+        if let Some(program) = sql::pgbench::find().filter(|_| payload <= sql::pgbench::LARGEST) {
+            let pgbench = sql::pgbench::Pgbench::prepare(program, dsn, tasks, payload).await?;
+            contenders.extend(pgbench.map(|pgbench| ("pgbench", Contender::Pgbench(pgbench))));
+        }
+        if let Some(program) = &self.args.peers {
+            let peer = ForeignPeer::prepare(program, dsn, tasks, payload).await?;
+            contenders.extend(peer.map(|peer| ("peer", Contender::Foreign(peer))));
+        }
+        Ok(())
     }
 
     /// What the plain programs ask of the disk: the same as ours.
@@ -202,6 +242,10 @@ impl<'a> Arena<'a> {
         let contenders = self.contenders(Some(&stores.through(proxy.address())), 1).await?;
         let mut trips = HashMap::new();
         for (name, contender) in &contenders {
+            if matches!(contender, Contender::Pgbench(_)) {
+                // It connects anew for each run, which is more flights than its cycles.
+                continue;
+            }
             let payload = self.args.payload as usize;
             // Whatever only a first cycle needs.
             contender.run(1, payload, COUNTED).await?;
@@ -255,7 +299,11 @@ impl<'a> Arena<'a> {
                 ..self.waits(name, tasks, waits.clone())
             });
         }
-        let mut pairs = vec![("cycle_vs_rename", "cycle", "rename"), ("cycle_vs_unlocked", "cycle", "unlocked")];
+        let mut pairs = vec![
+            ("cycle_vs_rename", "cycle", "rename"),
+            ("cycle_vs_unlocked", "cycle", "unlocked"),
+            ("cycle_vs_pgbench", "cycle", "pgbench"),
+        ];
         // The peer of files knows no durability: beside a store that waits for the disk, the factor would compare two promises.
         let waits_for_disk = contenders.iter().any(|(_, contender)| match contender {
             Contender::Plain(_, _, sync) => *sync != Sync::None,
@@ -302,6 +350,9 @@ impl Contender {
             Self::Peer(cycle) => cycle.run(length).await,
             Self::RedisPlain(cycle) => cycle.run(length).await,
             Self::RedisPeer(cycle) => cycle.run(length).await,
+            Self::SqlPlain(cycle) => cycle.run(length).await,
+            Self::Pgbench(pgbench) => pgbench.run(length).await,
+            Self::Foreign(peer) => peer.run(length).await,
             Self::Plain(program, directory, sync) => {
                 let (program, directory, sync) = (*program, directory.clone(), *sync);
                 let run = move || program.run(&directory, tasks, payload, sync, length);
@@ -318,6 +369,9 @@ async fn remove(contenders: Vec<(&'static str, Contender)>) -> Result<(), Failur
         match contender {
             Contender::RedisPlain(cycle) => cycle.remove().await?,
             Contender::RedisPeer(cycle) => cycle.remove().await?,
+            Contender::SqlPlain(cycle) => cycle.remove().await?,
+            Contender::Pgbench(pgbench) => pgbench.remove().await?,
+            Contender::Foreign(peer) => peer.end().await?,
             Contender::Plain(..) | Contender::Cycle(_) | Contender::Session(_) | Contender::Peer(_) => {}
         }
     }

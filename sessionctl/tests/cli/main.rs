@@ -9,6 +9,7 @@ mod crash;
 mod hammer;
 mod redis;
 mod session;
+mod sql;
 mod usage;
 
 use std::io::{BufRead, BufReader, Read};

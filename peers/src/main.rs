@@ -1,0 +1,165 @@
+//! The stores that `sessionctl bench` measures ours beside and that cannot be linked into it: those of `tower-sessions-sqlx-store`.
+//!
+//! Started with the place to be measured as a line of JSON on stdin, it answers with a line when it is ready, and then with a line
+//! for each line that says how long to run, until there are no more. What it stored is removed then. A cycle is load and save; no
+//! lock is taken.
+
+use std::io::{BufRead, Lines, StdinLock, Write};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use tokio::sync::Barrier;
+use tokio::task::JoinSet;
+use tower_sessions_core::session::{Id, Record};
+use tower_sessions_core::{Session, SessionStore};
+use tower_sessions_sqlx_store::{MySqlStore, PostgresStore, SqliteStore};
+
+type Outcome<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+/// The first line.
+#[derive(Deserialize)]
+struct Task {
+    place: Place,
+    connections: u32,
+    tasks: usize,
+    payload: usize,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Place {
+    Postgres(Server),
+    MySql(Server),
+    /// A write-ahead log, as ours has one.
+    Sqlite {
+        path: String,
+        synced: bool,
+    },
+}
+
+#[derive(Deserialize)]
+struct Server {
+    host: String,
+    port: u16,
+    user: Option<String>,
+    password: Option<String>,
+    database: String,
+}
+
+/// What a round came to.
+#[derive(Serialize)]
+struct Round {
+    took: u64,
+    waits: Vec<u32>,
+}
+
+#[tokio::main]
+async fn main() -> std::process::ExitCode {
+    match work().await {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("peers: {error}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+async fn work() -> Outcome<()> {
+    let mut lines = std::io::stdin().lock().lines();
+    let first = lines.next().ok_or("this program is for sessionctl bench, which says on stdin what to measure")??;
+    let task: Task = serde_json::from_str(&first).map_err(|_| "the first line does not say what to measure")?;
+    let table = format!("sessionctl_peer_{:x}_{:x}", std::process::id(), std::time::UNIX_EPOCH.elapsed()?.subsec_nanos());
+    match &task.place {
+        Place::Postgres(server) => {
+            let options = PgConnectOptions::new().host(&server.host).port(server.port).database(&server.database);
+            let options = server.user.iter().fold(options, |options, user| options.username(user));
+            let options = server.password.iter().fold(options, |options, password| options.password(password));
+            let pool = PgPoolOptions::new().max_connections(task.connections).connect_with(options).await?;
+            let store = PostgresStore::new(pool.clone()).with_schema_name("public")?.with_table_name(&table)?;
+            store.migrate().await?;
+            let measured = measure(store, &task, lines).await;
+            sqlx::query(&format!("DROP TABLE \"public\".\"{table}\"")).execute(&pool).await?;
+            measured
+        }
+        Place::MySql(server) => {
+            let options = MySqlConnectOptions::new().host(&server.host).port(server.port).database(&server.database);
+            let options = server.user.iter().fold(options, |options, user| options.username(user));
+            let options = server.password.iter().fold(options, |options, password| options.password(password));
+            let pool = MySqlPoolOptions::new().max_connections(task.connections).connect_with(options).await?;
+            let store = MySqlStore::new(pool.clone()).with_schema_name(&server.database)?.with_table_name(&table)?;
+            store.migrate().await?;
+            let measured = measure(store, &task, lines).await;
+            sqlx::query(&format!("DROP TABLE `{table}`")).execute(&pool).await?;
+            measured
+        }
+        Place::Sqlite { path, synced } => {
+            let synchronous = if *synced { SqliteSynchronous::Full } else { SqliteSynchronous::Normal };
+            let options = SqliteConnectOptions::new().filename(path).busy_timeout(Duration::from_secs(30));
+            let options = options.journal_mode(SqliteJournalMode::Wal).synchronous(synchronous);
+            let pool = SqlitePoolOptions::new().max_connections(task.connections).connect_with(options).await?;
+            let store = SqliteStore::new(pool.clone()).with_table_name(&table)?;
+            store.migrate().await?;
+            let measured = measure(store, &task, lines).await;
+            sqlx::query(&format!("DROP TABLE {table}")).execute(&pool).await?;
+            measured
+        }
+    }
+}
+
+async fn measure<S: SessionStore + Clone>(store: S, task: &Task, lines: Lines<StdinLock<'_>>) -> Outcome<()> {
+    // A session of theirs is the way to their date type that needs no further crate; it lives for two weeks.
+    let expiry_date = Session::new(None, Arc::new(store.clone()), None).expiry_date();
+    let mut ids = Vec::new();
+    for _ in 0..task.tasks {
+        let data = [("payload".to_owned(), json!("x".repeat(task.payload))), ("n".to_owned(), json!(0))];
+        let mut record = Record { id: Id::default(), data: data.into_iter().collect(), expiry_date };
+        store.create(&mut record).await?;
+        ids.push(record.id);
+    }
+    println!("ready");
+    for line in lines {
+        let length = Duration::from_nanos(line?.parse()?);
+        let round = round(&store, &ids, length).await?;
+        serde_json::to_writer(std::io::stdout(), &round)?;
+        println!();
+        std::io::stdout().flush()?;
+    }
+    Ok(())
+}
+
+/// Runs a task for each session, all from the same moment.
+async fn round<S: SessionStore + Clone>(store: &S, ids: &[Id], length: Duration) -> Outcome<Round> {
+    let start = Arc::new(Barrier::new(ids.len()));
+    let mut running = JoinSet::new();
+    for id in ids.iter().copied() {
+        let (store, start) = (store.clone(), start.clone());
+        running.spawn(async move {
+            start.wait().await;
+            let (began, mut waits) = (Instant::now(), Vec::new());
+            let mut before = began;
+            while before - began < length {
+                let mut record = store.load(&id).await?.ok_or("a session that was just stored is not there")?;
+                let n = record.data.get("n").and_then(serde_json::Value::as_u64).unwrap_or(0);
+                record.data.insert("n".to_owned(), json!(n + 1));
+                store.save(&record).await?;
+                let now = Instant::now();
+                waits.push(u32::try_from((now - before).as_nanos()).unwrap_or(u32::MAX));
+                before = now;
+            }
+            Outcome::Ok((began, before, waits))
+        });
+    }
+    let (mut ran, mut waits) = (None::<(Instant, Instant)>, Vec::new());
+    while let Some(ended) = running.join_next().await {
+        let (began, before, more) = ended??;
+        ran = Some(ran.map_or((began, before), |(first, last)| (first.min(began), last.max(before))));
+        waits.extend(more);
+    }
+    let took = ran.map_or(Duration::ZERO, |(began, ended)| ended - began);
+    Ok(Round { took: u64::try_from(took.as_nanos())?, waits })
+}
