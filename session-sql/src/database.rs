@@ -262,6 +262,13 @@ impl Failure {
         Self::new(ErrorKind::Unexpected, message)
     }
 
+    /// With what lies beneath, which must not contain a value of a statement.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn with_source(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        self.source = Some(Box::new(source));
+        self
+    }
+
     /// For something that changes nothing, or that is undone if it happened.
     pub(crate) fn into_error(self, operation: &'static str) -> Error {
         let error = Error::new(self.kind, operation, self.message);

@@ -50,6 +50,17 @@ impl SqlHandler {
         Ok(Self::over(config.connect_by(over).await?))
     }
 
+    /// Uses the connections of the application: those that sqlx makes for PostgreSQL. Of `config` everything counts but the address
+    /// and what is said of connections. No connection is kept while a session is open.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    #[cfg(feature = "postgres")]
+    pub async fn from_pg_pool(pool: sqlx::PgPool, config: SqlConfig) -> Result<Self> {
+        let over = |config: &SqlConfig, owner| Ok(crate::postgres::over(pool, config, owner));
+        Ok(Self::over(config.connect_by(over).await?))
+    }
+
     /// Makes the table if it is not there; one that is there is left as it is.
     ///
     /// # Errors

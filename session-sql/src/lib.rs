@@ -9,6 +9,8 @@ compile_error!("session-sql needs at least one of its features postgres, mysql a
 mod admin;
 mod batches;
 mod config;
+#[cfg(feature = "postgres")]
+mod connections;
 mod database;
 mod handler;
 mod lock;

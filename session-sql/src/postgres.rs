@@ -1,13 +1,518 @@
-//! (skeleton)
+//! PostgreSQL: each step is one statement that commits by itself, so no connection is held while a session is open.
+//!
+//! What takes or gives back a lock commits without waiting for the disk; what writes a record waits. A statement sees a row as it
+//! is when it gets it, which needs READ COMMITTED: our own connections are set to it, on those of an application another level
+//! only makes statements fail that are then repeated. How waiters are woken stands in `postgres/listener.rs`.
+
+mod errors;
+mod statements;
+
+use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::config::SqlConfig;
-use crate::database::{Database, Failure, Owner};
+use async_trait::async_trait;
+use session_core::leased::{Basis, Found, Renewed, Then, Verdict, Want};
+use session_core::{ErrorKind, LeaseToken, Record, Ttl, WriteId};
+use sqlx::postgres::{PgArguments, PgConnectOptions, PgConnection, PgRow, PgSslMode};
+use sqlx::{Arguments, AssertSqlSafe, Decode, Executor, PgPool, Row, SqlSafeStr, SqlStr, Type};
+use tokio::time::timeout;
 
-pub(crate) async fn connect(
-    _address: &crate::config::SqlAddress,
-    _config: &SqlConfig,
-    _owner: Owner,
-) -> Result<Arc<dyn Database>, Failure> {
-    Err(Failure::new(session_core::ErrorKind::Config, "skeleton"))
+use crate::config::{SqlAddress, SqlConfig};
+use crate::connections::Connections;
+use crate::database::{
+    Action, Alter, Busy, Database, Enter, Entered, Failure, Listed, Locked, Owner, Remove, Renew, Waiter, holder, millis,
+    span,
+};
+use errors::Told;
+use statements::{Statements, VERSION, schema};
+
+/// How often a statement is asked anew whose row somebody changed while it ran.
+const TURNS: usize = 8;
+
+/// For our own connections: the level of isolation that the statements are made for, and plans that are made once and suit a
+/// table of any size, as each row is looked for by its key.
+const SETUP: &str = "SET default_transaction_isolation = 'read committed'; SET plan_cache_mode = 'force_generic_plan'; \
+    SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off";
+
+pub(crate) struct Postgres {
+    connections: Connections<sqlx::Postgres>,
+    statements: Statements,
+    owner: Owner,
+    /// As it was given, and quoted.
+    table: String,
+    index: String,
+    timeout: Duration,
+    strict: bool,
+}
+
+/// Connects to the server at `address`.
+pub(crate) async fn connect(address: &SqlAddress, config: &SqlConfig, owner: Owner) -> Result<Arc<dyn Database>, Failure> {
+    let mut options = PgConnectOptions::new_without_pgpass()
+        .host(&address.host)
+        .port(if address.port == 0 { 5432 } else { address.port })
+        .database(&address.database)
+        .ssl_mode(PgSslMode::Disable)
+        .application_name("sessionkit")
+        // A parameter that no pooler knows.
+        .extra_float_digits(None);
+    if let Some(socket) = &address.socket {
+        options = options.socket(socket);
+    }
+    if let Some(user) = &address.user {
+        options = options.username(user);
+    }
+    if let Some(password) = &address.password {
+        options = options.password(password);
+    }
+    let options = sqlx::ConnectOptions::disable_statement_logging(options);
+    let connections = Connections::new(options, set_up, config.connections, config.connect_timeout);
+    Ok(Arc::new(Postgres::new(connections, config, owner)))
+}
+
+/// Takes the connections of an application.
+pub(crate) fn over(pool: PgPool, config: &SqlConfig, owner: Owner) -> Arc<dyn Database> {
+    Arc::new(Postgres::new(Connections::Shared(pool), config, owner))
+}
+
+fn set_up(connection: &mut PgConnection) -> std::pin::Pin<Box<dyn Future<Output = Result<(), sqlx::Error>> + Send + '_>> {
+    Box::pin(async { connection.execute(SETUP).await.map(drop) })
+}
+
+fn quoted(table: &str) -> String {
+    // Checked to have no sign that would have to be quoted in turn.
+    table.split('.').map(|part| format!("\"{part}\"")).collect::<Vec<_>>().join(".")
+}
+
+impl Postgres {
+    fn new(connections: Connections<sqlx::Postgres>, config: &SqlConfig, owner: Owner) -> Self {
+        let table = quoted(&config.table);
+        let name = config.table.rsplit('.').next().unwrap_or_default();
+        // At most 63 characters count.
+        let index = format!("\"{}_expires\"", &name[..name.len().min(55)]);
+        let wait = millis(config.timeout / 2);
+        let statements = Statements::new(&table, wait, config.strict_expiry);
+        Self { connections, statements, owner, table, index, timeout: config.timeout, strict: config.strict_expiry }
+    }
+
+    /// Does one statement on a connection of its own and returns its rows, the whole answer read: it has been committed.
+    async fn ask(&self, sql: &SqlStr, arguments: PgArguments) -> Result<Vec<PgRow>, Failure> {
+        let mut line = self.connections.take().await.map_err(errors::unconnected)?;
+        let query = sqlx::query_with(sql.clone(), arguments).fetch_all(line.connection());
+        let Ok(answer) = timeout(self.timeout, query).await else {
+            // The connection is closed: what it says next is the answer to this.
+            let fact = format!("no answer from the database within {} ms", self.timeout.as_millis());
+            return Err(Failure { sent: true, ..Failure::new(ErrorKind::Unavailable, fact) });
+        };
+        match answer {
+            Ok(rows) => {
+                line.give_back();
+                Ok(rows)
+            }
+            Err(error) => {
+                let Told { failure, usable } = errors::asked(error);
+                if usable {
+                    line.give_back();
+                } else {
+                    self.connections.distrust();
+                }
+                Err(failure)
+            }
+        }
+    }
+
+    /// The number of our liveness lock, while we hold it.
+    fn process(&self) -> Option<i64> {
+        None
+    }
+
+    async fn enter_one(&self, entry: &Enter) -> Result<Option<Entered>, Failure> {
+        let arguments = || {
+            let arguments = Parameters::new().add(&*entry.key)?.add(bytes(entry.token))?.add(entry.lease)?;
+            arguments.add(&*self.owner.text)?.add(self.process())
+        };
+        for _ in 0..TURNS {
+            let rows = if entry.want == Want::Existing {
+                self.ask(&self.statements.enter_existing, arguments()?.0).await?
+            } else {
+                self.ask(&self.statements.enter_any, arguments()?.add(entry.want == Want::Any)?.0).await?
+            };
+            match rows.first().map(|row| entered(row, false)).transpose()? {
+                // An absent row has nothing to show.
+                None if entry.want == Want::Existing => return Ok(Some(Entered::Absent)),
+                None | Some(None) => {}
+                Some(entered) => return Ok(entered),
+            }
+        }
+        Err(restless())
+    }
+
+    async fn enter_many(&self, entries: &[Enter], sql: &SqlStr) -> Result<Vec<Option<Entered>>, Failure> {
+        let want = |want| match want {
+            Want::Existing => 0_i16,
+            Want::Any => 1,
+            Want::Lock => 2,
+        };
+        let arguments = Parameters::new()
+            .add(list(entries, |entry| &*entry.key))?
+            .add(list(entries, |entry| bytes(entry.token)))?
+            .add(list(entries, |entry| entry.lease))?
+            .add(list(entries, |entry| entry.book))?
+            .add(list(entries, |entry| want(entry.want)))?
+            .add(list(entries, |entry| entry.probe))?
+            .add(&*self.owner.text)?
+            .add(self.process())?
+            .add(self.owner.process)?;
+        let rows = self.ask(sql, arguments.0).await?;
+        rows.iter().map(|row| entered(row, true)).collect()
+    }
+
+    /// Does a change of one session by its lean statement; says `None` if that found nothing to change.
+    async fn change_one(&self, change: &Alter) -> Result<Option<Verdict>, Failure> {
+        if let (Basis::Written(prev), Action::Write { id, .. }) = (change.basis, &change.action)
+            && prev == *id
+        {
+            // A repeat of the write that it is based on, which the lean one would do once more.
+            return Ok(None);
+        }
+        let arguments = Parameters::new().add(&*change.key)?;
+        let rows = match (change.basis, &change.action) {
+            (Basis::Written(prev), action) if !(self.strict && change.lease.is_some() && change.token.is_none()) => {
+                let token = change.token.filter(|_| change.lease.is_some()).map(bytes);
+                let arguments = arguments.add(&prev.to_bytes()[..])?.add(token)?;
+                let closes = usize::from(change.lease.is_some() && change.then == Then::Close);
+                match action {
+                    Action::Write { id, data, ttl } => {
+                        let arguments = arguments.add(length(*ttl))?.add(&id.to_bytes()[..])?.add(&**data)?;
+                        self.ask(&self.statements.change_one[1][closes], arguments.0).await?
+                    }
+                    Action::Touch { ttl } => {
+                        self.ask(&self.statements.change_one[0][closes], arguments.add(length(*ttl))?.0).await?
+                    }
+                }
+            }
+            (Basis::Unseen, Action::Write { id, data, ttl }) => {
+                let arguments = arguments.add(&**data)?.add(&id.to_bytes()[..])?.add(length(*ttl))?;
+                match change.token.filter(|_| change.takes()) {
+                    Some(token) => {
+                        let arguments = arguments.add(bytes(token))?.add(change.lease)?.add(&*self.owner.text)?;
+                        self.ask(&self.statements.insert_locked, arguments.add(self.process())?.0).await?
+                    }
+                    None => self.ask(&self.statements.insert, arguments.0).await?,
+                }
+            }
+            _ => return Ok(None),
+        };
+        Ok((!rows.is_empty()).then_some(Verdict::Applied))
+    }
+
+    async fn change_many(&self, changes: &[Alter], sql: &SqlStr) -> Result<Vec<Option<Verdict>>, Failure> {
+        let basis = |basis| match basis {
+            Basis::Unseen => (0_i16, None),
+            Basis::Absent { mark } => (1, mark.map(|mark| mark.to_bytes().to_vec())),
+            Basis::Written(prev) => (2, Some(prev.to_bytes().to_vec())),
+        };
+        let ttl = |action: &Action| match action {
+            Action::Write { ttl, .. } | Action::Touch { ttl } => length(*ttl),
+        };
+        let written = |action: &Action| match action {
+            Action::Write { id, .. } => Some(id.to_bytes().to_vec()),
+            Action::Touch { .. } => None,
+        };
+        let arguments = Parameters::new()
+            .add(list(changes, |change| &*change.key))?
+            .add(list(changes, |change| change.token.map(bytes)))?
+            .add(list(changes, |change| change.lease))?
+            .add(list(changes, |change| basis(change.basis).0))?
+            .add(list(changes, |change| basis(change.basis).1))?
+            .add(list(changes, |change| written(&change.action)))?
+            .add(list(changes, |change| match &change.action {
+                Action::Write { data, .. } => Some(&**data),
+                Action::Touch { .. } => None,
+            }))?
+            .add(list(changes, |change| ttl(&change.action)))?
+            .add(list(changes, |change| change.then == Then::Close))?
+            .add(&*self.owner.text)?
+            .add(self.process())?;
+        let rows = self.ask(sql, arguments.0).await?;
+        let verdict = |row: &PgRow| {
+            Ok(match field::<i16>(row, 0)? {
+                0 => Some(Verdict::Refused),
+                1 => Some(Verdict::Applied),
+                2 => Some(Verdict::AlreadyApplied),
+                3 => Some(Verdict::Gone),
+                _ => None,
+            })
+        };
+        rows.iter().map(verdict).collect()
+    }
+}
+
+impl fmt::Debug for Postgres {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Postgres")
+            .field("table", &self.table)
+            .field("connections", &self.connections)
+            .finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Database for Postgres {
+    async fn enter(&self, entries: &[Enter]) -> Result<Vec<Option<Entered>>, Failure> {
+        match entries {
+            [entry] if entry.book == 0 && !entry.probe => Ok(vec![self.enter_one(entry).await?]),
+            [_] => {
+                for _ in 0..TURNS {
+                    let entered = self.enter_many(entries, &self.statements.enter.alone).await?;
+                    if entered.iter().any(Option::is_some) {
+                        return Ok(entered);
+                    }
+                }
+                Err(restless())
+            }
+            _ => self.enter_many(entries, &self.statements.enter.batch).await,
+        }
+    }
+
+    async fn change(&self, changes: &[Alter]) -> Result<Vec<Option<Verdict>>, Failure> {
+        let [change] = changes else { return self.change_many(changes, &self.statements.change.batch).await };
+        let mut turns = 0;
+        if let Some(verdict) = self.change_one(change).await? {
+            return Ok(vec![Some(verdict)]);
+        }
+        loop {
+            let verdicts = self.change_many(changes, &self.statements.change.alone).await?;
+            if verdicts.iter().any(Option::is_some) {
+                return Ok(verdicts);
+            }
+            turns += 1;
+            if turns == TURNS {
+                return Err(restless());
+            }
+        }
+    }
+
+    async fn look(&self, key: &str) -> Result<Found, Failure> {
+        let rows = self.ask(&self.statements.look, Parameters::new().add(key)?.0).await?;
+        rows.first().map_or(Ok(Found::Absent), |row| found(row, 0))
+    }
+
+    async fn remove(&self, removal: &Remove) -> Result<Option<Record>, Failure> {
+        for _ in 0..TURNS {
+            let arguments = Parameters::new()
+                .add(&*removal.key)?
+                .add(removal.token.map(bytes))?
+                .add(removal.lease)?
+                .add(&removal.mark.to_bytes()[..])?
+                .add(removal.trace)?
+                .add(removal.then == Then::Close)?;
+            if let Some(row) = self.ask(&self.statements.remove, arguments.0).await?.first() {
+                let Some(data) = field::<Option<Vec<u8>>>(row, 0)? else { return Ok(None) };
+                return Ok(Some(Record::new(data, Ttl::new(span(field(row, 1)?)))));
+            }
+        }
+        Err(restless())
+    }
+
+    async fn renew(&self, leases: &[Renew]) -> Result<Vec<Renewed>, Failure> {
+        for _ in 0..TURNS {
+            let arguments = Parameters::new()
+                .add(list(leases, |lease| &*lease.key))?
+                .add(list(leases, |lease| bytes(lease.token)))?
+                .add(list(leases, |lease| lease.lease))?
+                .add(list(leases, |lease| lease.protects))?;
+            let rows = self.ask(&self.statements.renew, arguments.0).await?;
+            let renewed = |row: &PgRow| {
+                Ok(match field::<i16>(row, 0)? {
+                    1 => Some(Renewed::Renewed),
+                    2 => Some(Renewed::Ended),
+                    3 => Some(Renewed::Gone),
+                    _ => None,
+                })
+            };
+            // Renewing twice is as good as once.
+            if let Some(renewed) = rows.iter().map(renewed).collect::<Result<Option<Vec<_>>, Failure>>()? {
+                return Ok(renewed);
+            }
+        }
+        Err(restless())
+    }
+
+    async fn leave(&self, key: &str, token: LeaseToken, clean: bool) -> Result<(), Failure> {
+        let arguments = || Parameters::new().add(key)?.add(bytes(token))?.add(clean);
+        if self.ask(&self.statements.release, arguments()?.0).await?.is_empty() {
+            self.ask(&self.statements.leave, arguments()?.0).await?;
+        }
+        Ok(())
+    }
+
+    async fn gc(&self, limit: u32) -> Result<u64, Failure> {
+        let rows = self.ask(&self.statements.gc, Parameters::new().add(i64::from(limit))?.0).await?;
+        let freed: i64 = rows.first().map_or(Ok(0), |row| field(row, 0))?;
+        Ok(u64::try_from(freed).unwrap_or(0))
+    }
+
+    async fn list(&self, prefix: &str, after: Option<&str>, limit: u32) -> Result<Vec<Listed>, Failure> {
+        let arguments = Parameters::new().add(prefix)?.add(after.unwrap_or_default())?.add(i64::from(limit))?;
+        let listed = |row: &PgRow| {
+            let bytes: i64 = field(row, 1)?;
+            Ok(Listed { key: field(row, 0)?, bytes: u64::try_from(bytes).unwrap_or(0), left: span(field(row, 2)?) })
+        };
+        self.ask(&self.statements.list, arguments.0).await?.iter().map(listed).collect()
+    }
+
+    async fn locks(&self, prefix: &str, limit: u32) -> Result<Vec<Locked>, Failure> {
+        let arguments = Parameters::new().add(prefix)?.add(i64::from(limit))?;
+        let locked = |row: &PgRow| {
+            let holder = holder(field(row, 1)?, field(row, 2)?);
+            Ok(Locked { key: field(row, 0)?, holder, left: span(field(row, 3)?), wanted: field(row, 4)? })
+        };
+        self.ask(&self.statements.locks, arguments.0).await?.iter().map(locked).collect()
+    }
+
+    async fn unlock(&self, key: &str) -> Result<bool, Failure> {
+        let arguments = Parameters::new().add(key)?.add(None::<Vec<u8>>)?.add(false)?;
+        self.ask(&self.statements.leave, arguments.0).await?.first().map_or(Ok(false), |row| field(row, 0))
+    }
+
+    async fn create_table(&self) -> Result<(), Failure> {
+        // Asked first: whoever may not make a table need not, if it is there.
+        if self.version().await?.is_some() {
+            return Ok(());
+        }
+        for statement in schema(&self.table, &self.index) {
+            let sql = AssertSqlSafe(statement).into_sql_str();
+            match self.ask(&sql, PgArguments::default()).await {
+                // Two who make it at the same moment meet at the catalogue.
+                Err(failure) if self.version().await?.is_none() => return Err(failure),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn check(&self) -> Result<(), Failure> {
+        match self.version().await? {
+            None => Err(Failure::new(ErrorKind::Config, "the table is missing; make it with create=on or create_table()")),
+            Some(Standing { comment, .. }) if comment.as_deref() != Some(VERSION) => Err(Failure::new(
+                ErrorKind::Config,
+                "the table is not one that this version can use; take another one with table=",
+            )),
+            Some(Standing { standby: true, .. }) => Err(Failure::new(
+                ErrorKind::Unavailable,
+                "the database takes no writes: it is a standby, or was made read only",
+            )),
+            Some(Standing { granted: false, .. }) => Err(Failure::new(
+                ErrorKind::Config,
+                "the user may not do this; grant SELECT, INSERT, UPDATE and DELETE on the table",
+            )),
+            Some(Standing { version, .. }) if version < 120_000 => Err(Failure::new(
+                ErrorKind::Config,
+                format!("PostgreSQL 12 is needed at least, this is {}", version / 10_000),
+            )),
+            Some(_) => Ok(()),
+        }
+    }
+
+    async fn waiter(&self, _token: LeaseToken) -> Option<Box<dyn Waiter>> {
+        None
+    }
+}
+
+/// What the server says about itself and the table.
+struct Standing {
+    comment: Option<String>,
+    granted: bool,
+    standby: bool,
+    version: i32,
+}
+
+impl Postgres {
+    /// Asks for the table; `None` if there is none.
+    async fn version(&self) -> Result<Option<Standing>, Failure> {
+        const SQL: &str = "SELECT obj_description(c.oid, 'pg_class'),
+          has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'UPDATE')
+            AND has_table_privilege(c.oid, 'DELETE'),
+          pg_is_in_recovery() OR current_setting('transaction_read_only')::bool, current_setting('server_version_num')::int4
+        FROM (SELECT to_regclass($1) AS oid) c WHERE c.oid IS NOT NULL";
+        let rows = self.ask(&SqlStr::from_static(SQL), Parameters::new().add(&*self.table)?.0).await?;
+        let Some(row) = rows.first() else { return Ok(None) };
+        Ok(Some(Standing {
+            comment: field(row, 0)?,
+            granted: field(row, 1)?,
+            standby: field(row, 2)?,
+            version: field(row, 3)?,
+        }))
+    }
+}
+
+/// The parameters of a statement, in order.
+#[derive(Default)]
+struct Parameters(PgArguments);
+
+impl Parameters {
+    fn new() -> Self {
+        Self::default()
+    }
+
+    fn add<'q, T>(mut self, value: T) -> Result<Self, Failure>
+    where
+        T: sqlx::Encode<'q, sqlx::Postgres> + Type<sqlx::Postgres>,
+    {
+        self.0.add(value).map_err(|_| Failure::unexpected("a parameter cannot be sent"))?;
+        Ok(self)
+    }
+}
+
+fn bytes(token: LeaseToken) -> Vec<u8> {
+    token.to_bytes().to_vec()
+}
+
+fn list<'a, T, U>(of: &'a [T], each: impl Fn(&'a T) -> U) -> Vec<U> {
+    of.iter().map(each).collect()
+}
+
+fn length(ttl: Ttl) -> i64 {
+    millis(ttl.as_duration())
+}
+
+fn field<'r, T>(row: &'r PgRow, index: usize) -> Result<T, Failure>
+where
+    T: Decode<'r, sqlx::Postgres> + Type<sqlx::Postgres>,
+{
+    row.try_get(index).map_err(|_| errors::strange())
+}
+
+/// Reads what an enter answered; `None` if it has to be asked again.
+fn entered(row: &PgRow, booking: bool) -> Result<Option<Entered>, Failure> {
+    Ok(match field::<i16>(row, 0)? {
+        1 => {
+            let clean = field::<Option<bool>>(row, 4)?.unwrap_or(false);
+            Some(Entered::Granted { found: found(row, 1)?, clean })
+        }
+        2 => Some(Entered::Absent),
+        3 => {
+            let left = field::<Option<i64>>(row, 7)?.unwrap_or(0);
+            let booked = booking && field(row, 8)?;
+            Some(Entered::Busy(Busy { holder: holder(field(row, 5)?, field(row, 6)?), left: span(left), booked }))
+        }
+        _ => None,
+    })
+}
+
+/// Reads data, last write, and what is left, beginning at `index`.
+fn found(row: &PgRow, index: usize) -> Result<Found, Failure> {
+    let Some(last) = field::<Option<&[u8]>>(row, index + 1)? else { return Ok(Found::Absent) };
+    let last = WriteId::from_bytes(last.try_into().map_err(|_| errors::strange())?);
+    let left = field::<Option<i64>>(row, index + 2)?.unwrap_or(0);
+    Ok(match field::<Option<Vec<u8>>>(row, index)? {
+        Some(data) if left > 0 => Found::Live { last, record: Record::new(data, Ttl::new(span(left))) },
+        _ => Found::Buried { mark: last },
+    })
+}
+
+/// Somebody else was always a little faster.
+fn restless() -> Failure {
+    Failure::new(ErrorKind::Unavailable, "the row of the session was changed again and again")
 }
