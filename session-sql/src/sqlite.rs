@@ -7,6 +7,7 @@ mod job;
 mod place;
 mod readers;
 mod row;
+mod side;
 mod table;
 mod writer;
 
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use rusqlite::Connection;
 use session_core::leased::{Found, Renewed, Verdict};
 use session_core::{LeaseToken, Record};
 
@@ -22,24 +24,39 @@ use crate::config::SqlConfig;
 use crate::database::{Alter, Database, Enter, Entered, Failure, Listed, Locked, Owner, Remove, Renew, Waiter};
 use place::Place;
 use readers::Readers;
-use table::{Fitness, Table};
+use row::Who;
+use side::Side;
+use table::{Fitness, Table, Turn};
 use writer::Writer;
-
-/// How many rows a transaction of gc frees, so that it holds up nobody.
-const CHUNK: u32 = 200;
 
 /// What all threads of a handler know.
 #[derive(Debug)]
 struct Shared {
     place: Place,
     table: Table,
-    owner: Owner,
+    who: Who,
     strict: bool,
     timeout: Duration,
+    /// Open as long as this lives, and that says so to other processes.
+    side: Option<Side>,
+}
+
+impl Shared {
+    /// Begins to look at the table by a connection, at this instant.
+    fn turn<'a>(&'a self, connection: &'a Connection) -> rusqlite::Result<Turn<'a>> {
+        let now = self.table.now(connection)?;
+        Ok(Turn { connection, table: &self.table, who: &self.who, strict: self.strict, now })
+    }
+
+    /// Says whether the process of another handler has ended, as far as that can be known.
+    fn is_gone(&self, process: i64) -> bool {
+        self.side.as_ref().is_some_and(|side| side.is_gone(process))
+    }
 }
 
 #[derive(Debug)]
 struct Sqlite {
+    shared: Arc<Shared>,
     writer: Writer,
     readers: Readers,
 }
@@ -49,36 +66,51 @@ pub(crate) async fn connect(path: &Path, config: &SqlConfig, owner: Owner) -> Re
         return Err(place::config("table= of SQLite has no schema, or the schema main"));
     }
     let place = Place::new(path, config.durability, config.create)?;
-    let shared =
-        Shared { place, table: Table::new(&config.table), owner, strict: config.strict_expiry, timeout: config.timeout };
-    let shared = Arc::new(shared);
+    let side = side::beside(&place.path, Some(owner.process));
+    let who = Who { owner, proven: side.is_some() };
+    let (table, strict, timeout) = (Table::new(&config.table), config.strict_expiry, config.timeout);
+    let shared = Arc::new(Shared { place, table, who, strict, timeout, side });
     let writer = Writer::start(shared.clone()).map_err(|error| {
         let mut failure = Failure::new(session_core::ErrorKind::Unavailable, "no thread could be started");
         failure.source = Some(Box::new(error));
         failure
     })?;
-    Ok(Arc::new(Sqlite { writer, readers: Readers::new(shared, config.connections) }))
+    Ok(Arc::new(Sqlite { writer, readers: Readers::new(shared.clone(), config.connections), shared }))
 }
 
 #[async_trait]
 impl Database for Sqlite {
     async fn enter(&self, entries: &[Enter]) -> Result<Vec<Option<Entered>>, Failure> {
-        let entries = entries.to_vec();
-        let work =
-            move |turn: &table::Turn<'_>| entries.iter().map(|entry| turn.enter(entry, |_| false).map(Some)).collect();
+        // Who waits asks again and again, and mostly in vain.
+        if let [entry] = entries
+            && entry.book > 0
+        {
+            let asked = entry.clone();
+            let peek = move |connection: &Connection, shared: &Shared| {
+                shared.turn(connection)?.peek(&asked, |process| shared.is_gone(process))
+            };
+            if let Some(answer) = self.readers.ask(peek).await? {
+                return Ok(vec![Some(answer)]);
+            }
+        }
+        let (entries, shared) = (entries.to_vec(), self.shared.clone());
+        let work = move |turn: &Turn<'_>| {
+            let enter = |entry| turn.enter(entry, |process| shared.is_gone(process)).map(Some);
+            entries.iter().map(enter).collect()
+        };
         self.writer.ask(false, 0, work).await
     }
 
     async fn change(&self, changes: &[Alter]) -> Result<Vec<Option<Verdict>>, Failure> {
         let changes = changes.to_vec();
         let bytes = changes.iter().map(Alter::bytes).sum();
-        let work = move |turn: &table::Turn<'_>| changes.iter().map(|change| turn.change(change).map(Some)).collect();
+        let work = move |turn: &Turn<'_>| changes.iter().map(|change| turn.change(change).map(Some)).collect();
         self.writer.ask(true, bytes, work).await
     }
 
     async fn look(&self, key: &str) -> Result<Found, Failure> {
         let key = key.to_owned();
-        self.readers.ask(move |connection, table| table.look(connection, &key)).await
+        self.readers.ask(move |connection, shared| shared.table.look(connection, &key)).await
     }
 
     async fn remove(&self, removal: &Remove) -> Result<Option<Record>, Failure> {
@@ -98,26 +130,25 @@ impl Database for Sqlite {
 
     async fn gc(&self, limit: u32) -> Result<u64, Failure> {
         let (mut left, mut expired) = (limit, 0);
-        while left > 0 {
-            let chunk = left.min(CHUNK);
-            let (rows, records) = self.writer.ask(false, 0, move |turn| turn.gc(chunk)).await?;
-            expired += records;
-            left -= chunk.min(rows);
-            if rows < chunk {
-                break;
+        loop {
+            // A transaction of its own for each piece, so that it holds up nobody.
+            let freed = self.writer.ask(false, 0, move |turn| turn.gc(left)).await?;
+            expired += freed.records;
+            left -= freed.rows.min(left);
+            if freed.done || left == 0 {
+                return Ok(expired);
             }
         }
-        Ok(expired)
     }
 
     async fn list(&self, prefix: &str, after: Option<&str>, limit: u32) -> Result<Vec<Listed>, Failure> {
         let (prefix, after) = (prefix.to_owned(), after.map(str::to_owned));
-        self.readers.ask(move |connection, table| table.list(connection, &prefix, after.as_deref(), limit)).await
+        self.readers.ask(move |connection, shared| shared.table.list(connection, &prefix, after.as_deref(), limit)).await
     }
 
     async fn locks(&self, prefix: &str, limit: u32) -> Result<Vec<Locked>, Failure> {
         let prefix = prefix.to_owned();
-        self.readers.ask(move |connection, table| table.locks(connection, &prefix, limit)).await
+        self.readers.ask(move |connection, shared| shared.table.locks(connection, &prefix, limit)).await
     }
 
     async fn unlock(&self, key: &str) -> Result<bool, Failure> {

@@ -4,6 +4,8 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+#[cfg(unix)]
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,6 +15,13 @@ use session_core::ErrorKind;
 use crate::config::Durability;
 use crate::database::Failure;
 
+/// A connection, and which file it was made to.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) connection: Connection,
+    file: Option<(u64, u64)>,
+}
+
 /// As many statements as there are, and a few to spare.
 const STATEMENTS: usize = 32;
 
@@ -21,7 +30,7 @@ const LOG: i64 = 64 << 20;
 
 #[derive(Debug)]
 pub(super) struct Place {
-    path: PathBuf,
+    pub(super) path: PathBuf,
     pub(super) durability: Durability,
 }
 
@@ -44,7 +53,7 @@ impl Place {
         let mut options = OpenOptions::new();
         options.write(true).create_new(true);
         #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        options.mode(0o600);
         match options.open(&self.path) {
             Ok(_) => {}
             // Somebody was faster.
@@ -57,13 +66,27 @@ impl Place {
     }
 
     /// Connects, to write or only to read.
-    pub(super) fn open(&self, writes: bool) -> rusqlite::Result<Connection> {
+    pub(super) fn open(&self, writes: bool) -> rusqlite::Result<Opened> {
+        // Before the connection is made: a file that takes its place in between is found out by the next question.
+        let file = self.file();
         let access = if writes { OpenFlags::SQLITE_OPEN_READ_WRITE } else { OpenFlags::SQLITE_OPEN_READ_ONLY };
         let connection = Connection::open_with_flags(&self.path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
         // Its own way of waiting lets whoever has just written go first again and again.
         connection.busy_timeout(Duration::ZERO)?;
         connection.set_prepared_statement_cache_capacity(STATEMENTS);
-        Ok(connection)
+        Ok(Opened { connection, file })
+    }
+
+    /// Says whether the path still leads to the file of a connection. SQLite would go on in a file that nobody can find any more.
+    pub(super) fn leads_to(&self, opened: &Opened) -> bool {
+        self.file() == opened.file
+    }
+
+    fn file(&self) -> Option<(u64, u64)> {
+        #[cfg(unix)]
+        return fs::metadata(&self.path).ok().map(|file| (MetadataExt::dev(&file), MetadataExt::ino(&file)));
+        #[cfg(not(unix))]
+        None
     }
 
     /// Makes the file keep a write-ahead log, without which readers and writers exclude each other; says whether it does.

@@ -14,8 +14,7 @@ use session_core::ErrorKind;
 
 use super::Shared;
 use super::job::{Request, request};
-use super::place;
-use super::table::Table;
+use super::place::{self, Opened};
 use crate::database::Failure;
 
 /// As many threads as there may be at most; a thread reads tens of thousands of sessions a second.
@@ -24,7 +23,7 @@ const MOST: u32 = 64;
 /// How long to wait before the file is asked for again that nobody can read at this moment, because its log is being mended.
 const PAUSE: Duration = Duration::from_millis(1);
 
-type Job = Box<dyn FnOnce(&Shared, &mut Option<Connection>) + Send>;
+type Job = Box<dyn FnOnce(&Shared, &mut Option<Opened>) + Send>;
 
 /// What the threads are handed. Dropped, it ends them, and nobody waits for that.
 pub(super) struct Readers {
@@ -49,7 +48,7 @@ impl Readers {
 
     pub(super) async fn ask<T: Send + 'static>(
         &self,
-        work: impl Fn(&Connection, &Table) -> rusqlite::Result<T> + Send + 'static,
+        work: impl Fn(&Connection, &Shared) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, Failure> {
         let (request, caller) = request(self.shared.timeout);
         let job: Job = Box::new(move |shared, connection| read(shared, connection, request, work));
@@ -101,19 +100,19 @@ impl Line {
 
 fn read<T>(
     shared: &Shared,
-    connection: &mut Option<Connection>,
+    connection: &mut Option<Opened>,
     request: Request<T>,
-    work: impl Fn(&Connection, &Table) -> rusqlite::Result<T>,
+    work: impl Fn(&Connection, &Shared) -> rusqlite::Result<T>,
 ) {
     if !request.start() {
         return;
     }
     let outcome = loop {
-        let opened = match connection.take() {
+        let opened = match connection.take_if(|opened| shared.place.leads_to(opened)) {
             Some(opened) => Ok(opened),
             None => shared.place.open(false),
         };
-        let outcome = opened.and_then(|opened| work(connection.insert(opened), &shared.table));
+        let outcome = opened.and_then(|opened| work(&connection.insert(opened).connection, shared));
         match outcome {
             Err(error) if place::is_busy(&error) && Instant::now() < request.deadline => thread::sleep(PAUSE),
             outcome => break outcome,

@@ -8,6 +8,14 @@ use session_core::{LeaseToken, WriteId};
 
 use crate::database::{Action, Alter, Busy, CLAIM, Enter, Owner, REMEMBER, Remove, Renew, holder, millis, span};
 
+/// Whose locks they are, and how others can see that he has ended, if they can.
+#[derive(Debug)]
+pub(super) struct Who {
+    pub(super) owner: Owner,
+    /// Whether the lock is held by which they see it.
+    pub(super) proven: bool,
+}
+
 /// The columns, without the bytes of the record.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Row {
@@ -75,7 +83,7 @@ impl Row {
     }
 
     /// Takes the lock if it is free, or a place in line if the request asks for one. `gone` says of a process whether it has ended.
-    pub(super) fn enter(&mut self, entry: &Enter, who: &Owner, now: i64, gone: impl FnOnce(i64) -> bool) -> Answer {
+    pub(super) fn enter(&mut self, entry: &Enter, who: &Who, now: i64, gone: impl Fn(i64) -> bool) -> Answer {
         let live = self.live(now).is_some();
         if entry.want == Want::Existing && !live {
             // What was handed to somebody who has nothing to do here is for the next one.
@@ -83,9 +91,11 @@ impl Row {
             return Answer::Absent;
         }
         let own = self.holds(Some(entry.token));
-        let ended = |lock: &Lock| entry.probe && lock.process.is_some_and(|process| process != who.process && gone(process));
+        let ended =
+            |lock: &Lock| entry.probe && lock.process.is_some_and(|process| process != who.owner.process && gone(process));
         let free = own || !self.is_held(now) || self.lock.as_ref().is_some_and(ended);
-        self.next.take_if(|next| next.until <= now);
+        self.next
+            .take_if(|next| next.until <= now || entry.probe && next.process != who.owner.process && gone(next.process));
         let others = self.next.as_ref().is_some_and(|next| next.token != entry.token);
         // Who waits goes before who comes.
         if !free || others && !own {
@@ -100,13 +110,13 @@ impl Row {
         Answer::Granted { clean }
     }
 
-    fn book(&mut self, entry: &Enter, who: &Owner, now: i64) -> Busy {
+    fn book(&mut self, entry: &Enter, who: &Who, now: i64) -> Busy {
         let mine = self.next.as_ref().is_some_and(|next| next.token == entry.token);
-        let open = self.next.as_ref().is_none_or(|next| next.process == who.process);
+        let open = self.next.as_ref().is_none_or(|next| next.process == who.owner.process);
         let booked = entry.book > 0 && (mine || open);
         // A place that has not lost half of its time need not be written anew with each question.
         if booked && !(mine && self.next.as_ref().is_some_and(|next| next.until - now > entry.book / 2)) {
-            self.next = Some(Next { token: entry.token, until: now + entry.book, process: who.process });
+            self.next = Some(Next { token: entry.token, until: now + entry.book, process: who.owner.process });
         }
         let lock = self.lock.as_ref().filter(|lock| lock.until > now);
         Busy {
@@ -116,10 +126,10 @@ impl Row {
         }
     }
 
-    fn take(&mut self, token: LeaseToken, lease: i64, who: &Owner, handed: bool, now: i64) {
+    fn take(&mut self, token: LeaseToken, lease: i64, who: &Who, handed: bool, now: i64) {
         let since =
             self.lock.as_ref().filter(|lock| lock.token == token && lock.owner.is_some()).map_or(now, |lock| lock.since);
-        let (owner, process) = (Some(who.text.clone()), Some(who.process));
+        let (owner, process) = (Some(who.owner.text.clone()), who.proven.then_some(who.owner.process));
         self.lock = Some(Lock { token, until: now + lease, since, lease, owner, process, handed });
         self.remember(now);
     }
@@ -138,7 +148,7 @@ impl Row {
     }
 
     /// Judges a change by the table at [`Step`](session_core::leased::Step), and applies it but for its bytes.
-    pub(super) fn change(&mut self, change: &Alter, who: &Owner, strict: bool, now: i64) -> Verdict {
+    pub(super) fn change(&mut self, change: &Alter, who: &Who, strict: bool, now: i64) -> Verdict {
         let verdict = self.judge(change, strict, now);
         if verdict == Verdict::Refused {
             return verdict;

@@ -2,13 +2,15 @@
 //!
 //! What a row is to become stands in `row`; whose transaction it is, in `writer`.
 
+use std::time::{Duration, Instant};
+
 use rusqlite::types::{FromSqlError, Type};
 use rusqlite::{Connection, OptionalExtension, Result, named_params};
-use session_core::leased::{Found, Renewed, Verdict};
+use session_core::leased::{Found, Renewed, Verdict, Want};
 use session_core::{LeaseToken, Record, Ttl, WriteId};
 
-use super::row::{Answer, Lock, Next, Row};
-use crate::database::{Action, Alter, Enter, Entered, Listed, Locked, Owner, Remove, Renew, holder, span};
+use super::row::{Answer, Lock, Next, Row, Who};
+use crate::database::{Action, Alter, Enter, Entered, Listed, Locked, Remove, Renew, holder, span};
 
 const COLUMNS: [&str; 15] = [
     "id",
@@ -30,6 +32,10 @@ const COLUMNS: [&str; 15] = [
 
 /// The clock of the database, in milliseconds.
 const NOW: &str = "CAST(round(unixepoch('subsec') * 1000) AS INTEGER)";
+
+/// How long gc keeps others from writing at a time, and how many rows it frees before it looks at its watch.
+const TURN: Duration = Duration::from_millis(5);
+const PIECE: u32 = 16;
 
 /// The texts of the statements, with the name of the table in them.
 #[derive(Debug)]
@@ -276,15 +282,15 @@ pub(super) enum Fitness {
 pub(super) struct Turn<'a> {
     pub(super) connection: &'a Connection,
     pub(super) table: &'a Table,
-    pub(super) who: &'a Owner,
+    pub(super) who: &'a Who,
     pub(super) strict: bool,
     pub(super) now: i64,
 }
 
 impl Turn<'_> {
     /// Takes a lock; `gone` says of a process whether it has ended.
-    pub(super) fn enter(&self, entry: &Enter, gone: impl FnOnce(i64) -> bool) -> Result<Entered> {
-        let (before, data) = self.table.row(self.connection, &entry.key, entry.want != session_core::leased::Want::Lock)?;
+    pub(super) fn enter(&self, entry: &Enter, gone: impl Fn(i64) -> bool) -> Result<Entered> {
+        let (before, data) = self.table.row(self.connection, &entry.key, entry.want != Want::Lock)?;
         let mut row = before.clone();
         let answer = row.enter(entry, self.who, self.now, gone);
         self.table.store(self.connection, &entry.key, &before, &row, Bytes::Same, self.now)?;
@@ -293,7 +299,7 @@ impl Turn<'_> {
             Answer::Busy(busy) => Entered::Busy(busy),
             Answer::Granted { clean } => {
                 let found = match (entry.want, row.live(self.now), data) {
-                    (session_core::leased::Want::Lock, ..) => Found::Absent,
+                    (Want::Lock, ..) => Found::Absent,
                     (_, Some(last), Some(data)) => {
                         Found::Live { last, record: Record::new(data, Ttl::new(span(row.expires_at - self.now))) }
                     }
@@ -301,6 +307,18 @@ impl Turn<'_> {
                 };
                 Entered::Granted { found, clean }
             }
+        })
+    }
+
+    /// Answers without a transaction what would change nothing: who asks again and again disturbs nobody.
+    pub(super) fn peek(&self, entry: &Enter, gone: impl Fn(i64) -> bool) -> Result<Option<Entered>> {
+        let (before, _) = self.table.row(self.connection, &entry.key, false)?;
+        let mut row = before.clone();
+        let answer = row.enter(entry, self.who, self.now, gone);
+        Ok(match answer {
+            Answer::Absent if row == before => Some(Entered::Absent),
+            Answer::Busy(busy) if row == before => Some(Entered::Busy(busy)),
+            _ => None,
         })
     }
 
@@ -346,17 +364,32 @@ impl Turn<'_> {
         Ok(outcome)
     }
 
-    /// Frees rows whose time is over; says how many, and how many of them were records.
-    pub(super) fn gc(&self, limit: u32) -> Result<(u32, u64)> {
+    /// Frees rows whose time is over, for a short time; says how many, and how many of them were records.
+    pub(super) fn gc(&self, limit: u32) -> Result<Freed> {
+        let began = Instant::now();
         let mut gc = self.connection.prepare_cached(&self.table.gc)?;
-        let mut freed = gc.query(named_params! { ":now": self.now, ":limit": limit })?;
-        let (mut rows, mut records) = (0, 0);
-        while let Some(row) = freed.next()? {
-            rows += 1;
-            records += u64::from(row.get::<_, bool>(0)?);
+        let mut all = Freed { rows: 0, records: 0, done: false };
+        while !all.done && all.rows < limit && began.elapsed() < TURN {
+            let asked = PIECE.min(limit - all.rows);
+            let mut freed = gc.query(named_params! { ":now": self.now, ":limit": asked })?;
+            let before = all.rows;
+            while let Some(row) = freed.next()? {
+                all.rows += 1;
+                all.records += u64::from(row.get::<_, bool>(0)?);
+            }
+            all.done = all.rows - before < asked;
         }
-        Ok((rows, records))
+        Ok(all)
     }
+}
+
+/// What gc has freed in one transaction.
+#[derive(Debug)]
+pub(super) struct Freed {
+    pub(super) rows: u32,
+    pub(super) records: u64,
+    /// Whether there was nothing more to free.
+    pub(super) done: bool,
 }
 
 /// Reads the name of a write or of a lock.

@@ -10,12 +10,13 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rusqlite::{Connection, ErrorCode};
+use rusqlite::ErrorCode;
 use session_core::ErrorKind;
 
 use super::Shared;
 use super::job::{Request, request};
-use super::place::{self, Place};
+use super::place::{self, Opened, Place};
+use super::side::{self, Side};
 use super::table::Turn;
 use crate::config::Durability;
 use crate::database::Failure;
@@ -42,10 +43,11 @@ impl Writer {
     pub(super) fn start(shared: Arc<Shared>) -> std::io::Result<Self> {
         let (sender, jobs) = mpsc::channel();
         let timeout = shared.timeout;
-        let chance = Chance(shared.owner.process as u64 | 1);
+        let chance = Chance(shared.who.owner.process as u64 | 1);
         let (opens, saves) = (VecDeque::new(), VecDeque::new());
-        let mut thread = Thread { shared, connection: None, synced: None, opens, saves, chance };
-        thread::Builder::new().name("session-sqlite".into()).spawn(move || thread.run(&jobs))?;
+        let side = side::beside(&shared.place.path, None);
+        let mut thread = Thread { shared, jobs, side, opened: None, synced: None, opens, saves, chance };
+        thread::Builder::new().name("session-sqlite".into()).spawn(move || thread.run())?;
         Ok(Self { jobs: sender, timeout })
     }
 
@@ -128,7 +130,9 @@ impl<T: Send, W: Work<T>> Job for Task<T, W> {
 
 struct Thread {
     shared: Arc<Shared>,
-    connection: Option<Connection>,
+    jobs: mpsc::Receiver<Box<dyn Job>>,
+    side: Option<Side>,
+    opened: Option<Opened>,
     /// Whether the connection syncs what it commits.
     synced: Option<bool>,
     /// What need not survive a power cut, because it says who holds a lock, and whoever does has not survived it either.
@@ -138,31 +142,31 @@ struct Thread {
 }
 
 impl Thread {
-    fn run(&mut self, jobs: &mpsc::Receiver<Box<dyn Job>>) {
+    fn run(&mut self) {
         loop {
             if self.opens.is_empty() && self.saves.is_empty() {
-                match jobs.recv() {
+                match self.jobs.recv() {
                     Ok(job) => self.line_up(job),
                     Err(mpsc::RecvError) => return,
                 }
             }
             // The opens first: they do not wait for the disk, and their callers have something to do meanwhile.
             for lasting in [false, true] {
-                jobs.try_iter().for_each(|job| self.line_up(job));
-                let served = catch_unwind(AssertUnwindSafe(|| self.serve(lasting)));
-                if served.is_err() {
-                    // A transaction that was left in the middle ends with its connection, and who waited for it is told by a channel
-                    // that is gone.
-                    tracing::error!("a request to the database has panicked");
-                    self.connection = None;
-                }
+                self.receive();
+                self.serve(lasting);
             }
+        }
+    }
+
+    fn receive(&mut self) {
+        while let Ok(job) = self.jobs.try_recv() {
+            self.line_up(job);
         }
     }
 
     fn line_up(&mut self, job: Box<dyn Job>) {
         let lasting = job.lasting() && self.shared.place.durability != Durability::None;
-        if lasting { self.saves.push_back(job) } else { self.opens.push_back(job) }
+        self.waiting(lasting).push_back(job);
     }
 
     fn waiting(&mut self, lasting: bool) -> &mut VecDeque<Box<dyn Job>> {
@@ -180,6 +184,7 @@ impl Thread {
             }
             return;
         }
+        self.receive();
         let waiting = self.waiting(lasting);
         let (mut batch, mut bytes) = (Vec::new(), 0);
         while batch.len() < MEMBERS
@@ -209,17 +214,33 @@ impl Thread {
         job.tell(outcome.err());
     }
 
-    /// Begins a transaction that nobody else can write beside.
+    /// Begins a transaction that nobody else can write beside. Whoever waits stands in line with the writers of other handlers.
     fn begin(&mut self, lasting: bool, deadline: Instant) -> Result<(), Failure> {
+        if !self.side.as_ref().is_some_and(Side::is_line) {
+            match self.try_begin(lasting) {
+                Err(Trouble::Sqlite(error)) if place::is_busy(&error) => {}
+                began => return began.map_err(|trouble| self.failed(trouble)),
+            }
+        }
+        let began = self.begin_in_line(lasting, deadline);
+        if let Some(side) = &mut self.side {
+            side.leave();
+        }
+        began.map_err(|trouble| self.failed(trouble))
+    }
+
+    fn begin_in_line(&mut self, lasting: bool, deadline: Instant) -> Result<(), Trouble> {
+        if let Some(side) = &mut self.side {
+            side.line_up();
+        }
         let mut pause = PAUSES.0;
         loop {
-            let error = match self.try_begin(lasting) {
-                Ok(began) => return began,
-                Err(error) => error,
-            };
             let rest = deadline.saturating_duration_since(Instant::now());
-            if !place::is_busy(&error) || rest.is_zero() {
-                return Err(self.failed(error));
+            if rest.is_zero() || self.side.as_ref().is_none_or(Side::is_first) {
+                match self.try_begin(lasting) {
+                    Err(Trouble::Sqlite(error)) if place::is_busy(&error) && !rest.is_zero() => {}
+                    began => return began,
+                }
             }
             // Nothing has begun, so nothing is lost by waiting. Two who have met once do not meet again after the same time.
             thread::sleep(pause.mul_f64(0.5 + self.chance.next()).min(rest));
@@ -227,18 +248,19 @@ impl Thread {
         }
     }
 
-    fn try_begin(&mut self, lasting: bool) -> rusqlite::Result<Result<(), Failure>> {
-        let connection = match &mut self.connection {
-            Some(connection) => connection,
+    fn try_begin(&mut self, lasting: bool) -> Result<(), Trouble> {
+        let place = &self.shared.place;
+        self.opened.take_if(|opened| !place.leads_to(opened));
+        let connection = match &mut self.opened {
+            Some(opened) => &opened.connection,
             none => {
-                let connection = self.shared.place.open(true)?;
-                if !Place::log_ahead(&connection)? {
-                    return Ok(Err(place::config(
-                        "the file system of the database file, or its user, cannot keep a write-ahead log",
-                    )));
+                let opened = place.open(true)?;
+                if !Place::log_ahead(&opened.connection)? {
+                    let fact = "the file system of the database file, or its user, cannot keep a write-ahead log";
+                    return Err(Trouble::Other(place::config(fact)));
                 }
                 self.synced = None;
-                none.insert(connection)
+                &none.insert(opened).connection
             }
         };
         if self.synced != Some(lasting) {
@@ -247,39 +269,57 @@ impl Thread {
             self.synced = Some(lasting);
         }
         connection.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
-        Ok(Ok(()))
+        Ok(())
     }
 
     /// Runs a batch in the transaction that has begun, and ends that.
     fn commit(&mut self, batch: &mut [Box<dyn Job>]) -> Result<(), Failure> {
-        let Some(connection) = &self.connection else { return Err(Failure::unexpected("a transaction has no connection")) };
-        let shared = &self.shared;
-        let mut run = || {
-            let now = shared.table.now(connection)?;
-            let turn = Turn { connection, table: &shared.table, who: &shared.owner, strict: shared.strict, now };
-            batch.iter_mut().try_for_each(|job| job.run(&turn))
-        };
-        if let Err(error) = run() {
-            return Err(self.failed(error));
-        }
-        let committed = connection.prepare_cached("COMMIT").and_then(|mut commit| commit.execute([]));
+        let run = AssertUnwindSafe(|| self.run_all(batch));
+        let ran = catch_unwind(run).unwrap_or_else(|_| {
+            tracing::error!("a request to the database has panicked");
+            Err(Trouble::Other(Failure::unexpected("the request has panicked; nothing was changed")))
+        });
+        ran.map_err(|trouble| self.failed(trouble))?;
+        let Some(opened) = &self.opened else { return Err(Failure::unexpected("a transaction has no connection")) };
+        let committed = opened.connection.prepare_cached("COMMIT").and_then(|mut commit| commit.execute([]));
         committed.map(drop).map_err(|error| {
-            // What was refused for want of room is certainly not there. Of the rest a crash may still make it something that is.
+            // What was refused for want of room is certainly not there. Of the rest a crash may still make something that is.
             let sent = error.sqlite_error_code() != Some(ErrorCode::DiskFull);
-            Failure { sent, ..self.failed(error) }
+            Failure { sent, ..self.failed(error.into()) }
         })
     }
 
+    fn run_all(&self, batch: &mut [Box<dyn Job>]) -> Result<(), Trouble> {
+        let Some(Opened { connection, .. }) = &self.opened else {
+            return Err(Trouble::Other(Failure::unexpected("a transaction has no connection")));
+        };
+        let turn = self.shared.turn(connection)?;
+        batch.iter_mut().try_for_each(|job| job.run(&turn))?;
+        Ok(())
+    }
+
     /// Leaves the transaction, and the connection if it is of no use any more.
-    fn failed(&mut self, error: rusqlite::Error) -> Failure {
-        let left = self
-            .connection
-            .as_ref()
-            .is_none_or(|connection| connection.is_autocommit() || connection.execute_batch("ROLLBACK").is_ok());
-        if !left || place::spoils_connection(&error) {
-            self.connection = None;
+    fn failed(&mut self, trouble: Trouble) -> Failure {
+        let left =
+            |opened: &Opened| opened.connection.is_autocommit() || opened.connection.execute_batch("ROLLBACK").is_ok();
+        let spoilt = matches!(&trouble, Trouble::Sqlite(error) if place::spoils_connection(error));
+        self.opened.take_if(|opened| !left(opened) || spoilt);
+        match trouble {
+            Trouble::Sqlite(error) => place::failure(error),
+            Trouble::Other(failure) => failure,
         }
-        place::failure(error)
+    }
+}
+
+/// Why there is no transaction, or none any more.
+enum Trouble {
+    Sqlite(rusqlite::Error),
+    Other(Failure),
+}
+
+impl From<rusqlite::Error> for Trouble {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Sqlite(error)
     }
 }
 
