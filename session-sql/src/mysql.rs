@@ -7,9 +7,11 @@
 //!
 //! A lock is waited for by asking again: there is nothing in these databases that would wake somebody.
 
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 
 use async_trait::async_trait;
 use session_core::leased::{Basis, Found, Renewed, Then, Verdict, Want};
@@ -22,10 +24,12 @@ use crate::database::{
     millis, span,
 };
 use anchor::Anchor;
+use batch::Batch;
 use link::{Given, Link, bytes, flag, id, number, text};
 use texts::{Access, Lock, Texts};
 
 mod anchor;
+mod batch;
 mod errors;
 mod link;
 mod schema;
@@ -38,6 +42,7 @@ const TRIES: usize = 4;
 pub(crate) struct MySql {
     link: Link,
     texts: Texts,
+    batch: Batch,
     owner: Owner,
     anchor: Arc<Anchor>,
     strict: bool,
@@ -69,10 +74,12 @@ pub(crate) fn over(pool: MySqlPool, config: &SqlConfig, owner: Owner) -> Arc<dyn
 
 impl MySql {
     fn new(link: Link, config: &SqlConfig, owner: Owner) -> Self {
+        let texts = Texts::new(&config.table);
         Self {
             anchor: Anchor::new(owner.process, link.broke.clone()),
+            batch: Batch::new(&texts, config.strict_expiry),
             link,
-            texts: Texts::new(&config.table),
+            texts,
             owner,
             strict: config.strict_expiry,
             skips: AtomicBool::new(false),
@@ -201,6 +208,50 @@ impl MySql {
         Ok(())
     }
 
+    /// Whether so many can and should travel together.
+    fn joins(&self, count: usize) -> bool {
+        count > 1 && self.link.flies() && self.skips.load(Ordering::Relaxed)
+    }
+
+    async fn enter_joined(&self, entries: &[&Enter]) -> Result<Vec<Option<Entered>>, Failure> {
+        let text = self.batch.enter(entries, &self.owner.text, self.anchor.held());
+        let answers = self.link.fly(text).await?;
+        let rows = answers.last().map_or(&[][..], |answer| &answer.rows);
+        let mut entered = HashMap::with_capacity(rows.len());
+        for row in rows {
+            let outcome = match self::entered(row, Want::Existing)? {
+                // It was passed by because somebody had locked the row, and is asked for again alone.
+                Entered::Busy(_) if flag(row, 12)? => None,
+                outcome => Some(outcome),
+            };
+            entered.insert(bytes(row, 11)?.unwrap_or_default(), outcome);
+        }
+        let outcome = |entry: &&Enter| entered.remove(entry.key.as_bytes()).unwrap_or(Some(Entered::Absent));
+        Ok(entries.iter().map(outcome).collect())
+    }
+
+    /// Whoever has no outcome was refused, passed by, or had been applied before; alone he is told which.
+    async fn change_joined(&self, changes: &[&Alter]) -> Result<Vec<Option<Verdict>>, Failure> {
+        let text = self.batch.change(changes, &self.owner.text, self.anchor.held());
+        let answers = self.link.fly(text).await?;
+        let rows = |at: Option<usize>| at.and_then(|at| answers.get(at)).map_or(&[][..], |answer| &answer.rows);
+        let mut before = HashSet::new();
+        for row in rows(Some(1)) {
+            before.insert(bytes(row, 0)?.unwrap_or_default());
+        }
+        let mut after = HashMap::new();
+        for row in rows(answers.len().checked_sub(2)) {
+            after.insert(bytes(row, 0)?.unwrap_or_default(), id(row, 1)?);
+        }
+        let judged = |change: &&Alter| {
+            let Action::Write { id, .. } = &change.action else { return None };
+            let key = change.key.as_bytes();
+            let applied = !before.contains(key) && after.get(key) == Some(&Some(id.to_bytes()));
+            applied.then_some(Verdict::Applied)
+        };
+        Ok(changes.iter().map(judged).collect())
+    }
+
     async fn renew_alone(&self, lease: &Renew) -> Result<Renewed, Failure> {
         let given = Given {
             key: lease.key.as_bytes(),
@@ -229,19 +280,45 @@ impl fmt::Debug for MySql {
 #[async_trait]
 impl Database for MySql {
     async fn enter(&self, entries: &[Enter]) -> Result<Vec<Option<Entered>>, Failure> {
-        let mut outcomes = Vec::with_capacity(entries.len());
-        for entry in entries {
-            outcomes.push(Some(self.enter_alone(entry).await?));
+        let together = |entry: &Enter| entry.want == Want::Existing && entry.book == 0 && !entry.probe;
+        let joined: Vec<_> = entries.iter().filter(|entry| together(entry)).collect();
+        if !self.joins(joined.len()) {
+            return each(all(entries.iter().map(async |entry| self.enter_alone(entry).await.map(Some))).await);
         }
-        Ok(outcomes)
+        self.anchor.wanted(&self.link);
+        let mut joined = self.enter_joined(&joined).await?.into_iter();
+        let entered = entries.iter().map(|entry| {
+            let joined = together(entry).then(|| joined.next().flatten());
+            async move {
+                match joined {
+                    Some(entered) => Ok(entered),
+                    None => self.enter_alone(entry).await.map(Some),
+                }
+            }
+        });
+        each(all(entered).await)
     }
 
     async fn change(&self, changes: &[Alter]) -> Result<Vec<Option<Verdict>>, Failure> {
-        let mut outcomes = Vec::with_capacity(changes.len());
-        for change in changes {
-            outcomes.push(Some(self.alter(change).await?));
+        let together = |change: &Alter| {
+            matches!(change.action, Action::Write { .. }) && matches!(change.basis, Basis::Written(_) | Basis::Unseen)
+        };
+        let joined: Vec<_> = changes.iter().filter(|change| together(change)).collect();
+        let bytes: usize = joined.iter().map(|change| 2 * change.bytes() + 1024).sum();
+        if !self.joins(joined.len()) || !self.link.takes(bytes) {
+            return each(all(changes.iter().map(async |change| self.alter(change).await.map(Some))).await);
         }
-        Ok(outcomes)
+        let mut joined = self.change_joined(&joined).await?.into_iter();
+        let judged = changes.iter().map(|change| {
+            let joined = together(change).then(|| joined.next().flatten());
+            async move {
+                match joined {
+                    Some(judged) => Ok(judged),
+                    None => self.alter(change).await.map(Some),
+                }
+            }
+        });
+        each(all(judged).await)
     }
 
     async fn look(&self, key: &str) -> Result<Found, Failure> {
@@ -289,11 +366,7 @@ impl Database for MySql {
     }
 
     async fn renew(&self, leases: &[Renew]) -> Result<Vec<Renewed>, Failure> {
-        let mut outcomes = Vec::with_capacity(leases.len());
-        for lease in leases {
-            outcomes.push(self.renew_alone(lease).await?);
-        }
-        Ok(outcomes)
+        all(leases.iter().map(|lease| self.renew_alone(lease))).await.into_iter().collect()
     }
 
     async fn leave(&self, key: &str, token: session_core::LeaseToken, clean: bool) -> Result<(), Failure> {
@@ -361,6 +434,37 @@ impl Database for MySql {
     async fn waiter(&self, _token: session_core::LeaseToken) -> Option<Box<dyn Waiter>> {
         None
     }
+}
+
+/// Asks for all at the same time, as far as there are connections, and waits for the last.
+async fn all<T, F>(asked: impl Iterator<Item = F>) -> Vec<Result<T, Failure>>
+where
+    F: Future<Output = Result<T, Failure>> + Send,
+    T: Send,
+{
+    let mut asked: Vec<_> = asked.map(|asked| (Box::pin(asked), None)).collect();
+    std::future::poll_fn(|cx| {
+        let mut done = true;
+        for (future, outcome) in asked.iter_mut().filter(|(_, outcome)| outcome.is_none()) {
+            match future.as_mut().poll(cx) {
+                Poll::Ready(ready) => *outcome = Some(ready),
+                Poll::Pending => done = false,
+            }
+        }
+        if done { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+    asked.into_iter().filter_map(|(_, outcome)| outcome).collect()
+}
+
+/// Tells the members of a batch apart that were asked one by one. Whatever certainly did not happen is asked again alone.
+fn each<T>(outcomes: Vec<Result<Option<T>, Failure>>) -> Result<Vec<Option<T>>, Failure> {
+    let alone = outcomes.len() == 1;
+    let outcome = |outcome: Result<Option<T>, Failure>| match outcome {
+        Err(failure) if !failure.sent && !alone => Ok(None),
+        outcome => outcome,
+    };
+    outcomes.into_iter().map(outcome).collect()
 }
 
 /// What a change is judged by.
@@ -461,3 +565,6 @@ fn length(ttl: Ttl) -> i64 {
 fn range(prefix: &str) -> [Vec<u8>; 2] {
     [prefix.as_bytes().to_vec(), [prefix.as_bytes(), &[0xff]].concat()]
 }
+
+#[cfg(test)]
+mod tests;

@@ -129,6 +129,12 @@ impl Link {
         }
     }
 
+    /// Whether what is asked in one flight may be of several statements; over a pool that is not ours each is a trip of its own, so
+    /// that no value ever stands in a text that somebody else may log.
+    pub(super) fn flies(&self) -> bool {
+        matches!(self.from, From::Own(_))
+    }
+
     /// Asks one statement, or several in one flight. The first that fails ends it.
     pub(super) async fn ask(&self, flight: &[&Text], given: &Given<'_>) -> Result<Vec<Answer>, Failure> {
         let failed = |error| {
@@ -146,7 +152,7 @@ impl Link {
         flight: &[&Text],
         given: &Given<'_>,
     ) -> Result<Result<Vec<Answer>, sqlx::Error>, Failure> {
-        if given.data.len().saturating_add(ROOM) > self.packet.load(Ordering::Relaxed) {
+        if !self.takes(given.data.len()) {
             let text = "the record is larger than max_allowed_packet of the database";
             return Err(Failure::new(ErrorKind::TooLarge, text));
         }
@@ -178,6 +184,31 @@ impl Link {
                 Ok(asked)
             }
         }
+    }
+
+    /// Sends a text whose values stand in it, which may be a transaction; only over connections of ours. One over which it failed is
+    /// closed, and what it had begun ends with it.
+    pub(super) async fn fly(&self, text: String) -> Result<Vec<Answer>, Failure> {
+        let From::Own(pile) = &self.from else {
+            return Err(Failure::unexpected("a batch was sent over a pool that is not ours"));
+        };
+        let mut lent = pile.lend(&self.packet).await?;
+        match tokio::time::timeout(self.timeout, fly(&mut lent.connection, text)).await {
+            Ok(Ok(answers)) => lent.back(Ok(Ok(answers)))?.map_err(errors::asking),
+            Ok(Err(error)) => {
+                if !errors::leaves_usable(&error) {
+                    pile.idle().clear();
+                    self.broke.notify_one();
+                }
+                Err(errors::asking(error))
+            }
+            Err(_) => Err(errors::silent()),
+        }
+    }
+
+    /// Whether a text of so many bytes is small enough for the server.
+    pub(super) fn takes(&self, bytes: usize) -> bool {
+        bytes.saturating_add(ROOM) <= self.packet.load(Ordering::Relaxed)
     }
 }
 

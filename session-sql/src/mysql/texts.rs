@@ -25,14 +25,36 @@ const OPEN: &str = "((lock_token IS NULL OR lock_until<={now}{dead}) AND (want_t
 const DEAD: &str = " OR lock_process IS NOT NULL AND IS_FREE_LOCK(CONCAT('sessionkit:',lock_process))=1";
 
 /// Ends a hold: the lock goes to the one next in line, or to nobody. Who that is is known by his token only, until he comes.
-const RELEASE: &str = "lock_owner=NULL,lock_process=NULL,lock_handed=IF(want_until>{now},{clean},0),\
-    lock_since=IF(want_until>{now},{now},NULL),lock_lease=IF(want_until>{now},lock_lease,NULL),\
-    lock_until=IF(want_until>{now},{now}+{claim},NULL),lock_token=IF(want_until>{now},want_token,NULL),\
-    want_token=NULL,want_process=NULL,want_until=NULL";
+const RELEASE: [(&str, &str); 10] = [
+    ("lock_owner", "NULL"),
+    ("lock_process", "NULL"),
+    ("lock_handed", "IF(want_until>{now},{clean},0)"),
+    ("lock_since", "IF(want_until>{now},{now},NULL)"),
+    ("lock_lease", "IF(want_until>{now},lock_lease,NULL)"),
+    ("lock_until", "IF(want_until>{now},{now}+{claim},NULL)"),
+    ("lock_token", "IF(want_until>{now},want_token,NULL)"),
+    ("want_token", "NULL"),
+    ("want_process", "NULL"),
+    ("want_until", "NULL"),
+];
 
 /// Gives the lock to `:token`.
-const TAKE: &str =
-    "lock_since={now},lock_until={now}+:lease,lock_lease=:lease,lock_owner=:owner,lock_process=:alive,lock_token=:token";
+const TAKE: [(&str, &str); 6] = [
+    ("lock_since", "{now}"),
+    ("lock_until", "{now}+:lease"),
+    ("lock_lease", ":lease"),
+    ("lock_owner", ":owner"),
+    ("lock_process", ":alive"),
+    ("lock_token", ":token"),
+];
+
+/// Comes for a lock, and gives up the place next in line for it.
+const COME: [(&str, &str); 4] = [
+    ("lock_handed", "IF(lock_token<=>:token,lock_handed,0)"),
+    ("want_process", "IF(want_token<=>:token,NULL,want_process)"),
+    ("want_until", "IF(want_token<=>:token,NULL,want_until)"),
+    ("want_token", "IF(want_token<=>:token,NULL,want_token)"),
+];
 
 /// A row without record and trace stays until so long after the end of its lock: an ended lease that nobody took over still writes.
 const STUB: &str = "{now}+:lease+{remember}";
@@ -178,7 +200,8 @@ impl Texts {
                 ("{live}", LIVE),
                 ("{free}", FREE),
                 ("{stub}", STUB),
-                ("{take}", TAKE),
+                ("{take}", &assign(&TAKE)),
+                ("{come}", &assign(&COME)),
                 ("{t}", &table),
                 ("{now}", NOW),
                 ("{claim}", &CLAIM.as_millis().to_string()),
@@ -188,7 +211,7 @@ impl Texts {
             .fold(template.to_owned(), |text, (name, value)| text.replace(name, value));
             Text::parse(&filled)
         };
-        let release = |clean: &str| RELEASE.replace("{clean}", clean);
+        let release = |clean: &str| assign(&RELEASE).replace("{clean}", clean);
         let open = |probe: bool| OPEN.replace("{dead}", if probe { DEAD } else { "" });
         let deadline = "expires_minute=({now}+:ttl) DIV 60000,expires_at={now}+:ttl";
 
@@ -200,9 +223,7 @@ impl Texts {
                 let must = if existing { " AND {live}" } else { "" };
                 text(&format!(
                     "UPDATE {{t}} SET expires_minute={expires} DIV 60000,expires_at={expires},\
-                     lock_handed=IF(lock_token<=>:token,lock_handed,0),\
-                     want_process=IF(want_token<=>:token,NULL,want_process),want_until=IF(want_token<=>:token,NULL,want_until),\
-                     want_token=IF(want_token<=>:token,NULL,want_token),{{take}} WHERE id=:key{must} AND {}",
+                     {{come}},{{take}} WHERE id=:key{must} AND {}",
                     open(probe)
                 ))
             })
@@ -286,10 +307,10 @@ impl Texts {
         let over = "expires_minute<={now} DIV 60000 AND expires_at<={now} AND {free}";
         let gc = [false, true].map(|skip| {
             ["data IS NOT NULL", "data IS NULL"].map(|what| match skip {
-                // MySQL reads no table that it deletes from, but through a table of its own.
+                // In this order: a row that was passed by is not looked at again, and so not waited for.
                 true => text(&format!(
-                    "DELETE FROM {{t}} WHERE id IN (SELECT id FROM (SELECT id FROM {{t}} WHERE {over} AND {what} \
-                     LIMIT :limit FOR UPDATE SKIP LOCKED) AS old)"
+                    "DELETE t FROM (SELECT id FROM {{t}} WHERE {over} AND {what} LIMIT :limit FOR UPDATE SKIP LOCKED) AS old \
+                     STRAIGHT_JOIN {{t}} AS t FORCE INDEX (PRIMARY) ON t.id=old.id"
                 )),
                 false => text(&format!("DELETE FROM {{t}} WHERE {over} AND {what} LIMIT :limit")),
             })
@@ -406,4 +427,121 @@ impl Texts {
     pub(super) fn gc(&self, skip: bool) -> &[Text; 2] {
         &self.gc[usize::from(skip)]
     }
+}
+
+fn assign(columns: &[(&str, &str)]) -> String {
+    columns.iter().map(|(column, value)| format!("{column}={value}")).collect::<Vec<_>>().join(",")
+}
+
+/// What `batch` makes its statements of: the same expressions, about what is asked as `r` and the locked rows as `l`.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) columns: String,
+    pub(super) now: String,
+    pub(super) take: String,
+    pub(super) open: String,
+    pub(super) seen: String,
+    pub(super) change: String,
+    pub(super) fence: String,
+    pub(super) create: String,
+}
+
+/// Makes them.
+pub(super) fn qualified(strict: bool) -> Parts {
+    let fill = |text: &str| {
+        let (claim, remember) = (CLAIM.as_millis().to_string(), REMEMBER.as_millis().to_string());
+        let filled = [("{live}", LIVE), ("{free}", FREE), ("{stub}", STUB), ("{now}", NOW)];
+        let filled = filled.iter().fold(text.to_owned(), |text, (name, value)| text.replace(name, value));
+        filled.replace("{claim}", &claim).replace("{remember}", &remember)
+    };
+    let set = |columns: &[(&str, String)]| {
+        columns.iter().map(|(column, value)| format!("t.{column}={}", over(&fill(value)))).collect::<Vec<_>>().join(",")
+    };
+    let of = |columns: &[(&'static str, &str)]| -> Vec<(&'static str, String)> {
+        columns.iter().map(|(column, value)| (*column, (*value).to_owned())).collect()
+    };
+    let prolonged = "GREATEST(expires_at,{now}+2*:lease)";
+    let mut take = vec![("expires_minute", format!("{prolonged} DIV 60000")), ("expires_at", prolonged.to_owned())];
+    take.extend(of(&COME));
+    take.extend(of(&TAKE));
+    let mut change = vec![
+        ("data", ":data".to_owned()),
+        ("write_id", ":write".to_owned()),
+        ("expires_minute", "({now}+:ttl) DIV 60000".to_owned()),
+        ("expires_at", "{now}+:ttl".to_owned()),
+    ];
+    // Whoever keeps his lock, or has none, leaves it as it is.
+    let given = |(column, value): &(&'static str, &str)| {
+        (*column, format!("IF(:gives,{},{column})", value.replace("{clean}", "lock_token<=>:token")))
+    };
+    change.extend(RELEASE.iter().map(given));
+    let lock = match strict {
+        true => "IF(:excl,lock_token=:token AND lock_until>{now},{free})",
+        false => "(:excl AND lock_token=:token OR {free})",
+    };
+    Parts {
+        columns: over_columns(),
+        now: fill(NOW),
+        take: set(&take),
+        open: over(&fill(&format!("{{live}} AND {}", OPEN.replace("{dead}", "")))),
+        seen: fill(
+            "lock_token IN ({tokens}),lock_handed,{live},IF(lock_token IN ({tokens}) AND {live},data,NULL),write_id,\
+             expires_at-{now},data IS NOT NULL,lock_owner,lock_since,lock_until-{now},0,id,\
+             {free} AND (want_token IS NULL OR want_until<={now})",
+        ),
+        change: set(&change),
+        fence: over(&fill(&format!("write_id=:prev AND write_id<>:write AND {{live}} AND {lock}"))),
+        create: "(id,data,write_id,expires_at,expires_minute,lock_token,lock_until,lock_since,lock_lease,lock_owner,lock_process)"
+            .to_owned(),
+    }
+}
+
+/// The columns that expressions read; of the bytes only whether there are any.
+const READ: [&str; 13] = [
+    "id",
+    "write_id",
+    "expires_at",
+    "expires_minute",
+    "lock_token",
+    "lock_until",
+    "lock_since",
+    "lock_lease",
+    "lock_owner",
+    "lock_process",
+    "lock_handed",
+    "want_token",
+    "want_until",
+];
+
+fn over_columns() -> String {
+    format!("{},want_process,data IS NOT NULL AS stored", READ.join(","))
+}
+
+/// Turns an expression about the columns of a row, and what a statement is given, into one about `l` and `r`.
+fn over(text: &str) -> String {
+    let text = text.replace("data IS NOT NULL", "l.stored");
+    let (mut over, mut rest) = (String::new(), &*text);
+    while let Some(start) = rest.find(|c: char| c.is_ascii_alphabetic() || c == ':' || c == '\'') {
+        let (before, word) = rest.split_at(start);
+        over.push_str(before);
+        let end = match word.strip_prefix('\'') {
+            Some(literal) => literal.find('\'').map_or(word.len(), |end| end + 2),
+            None => word[1..]
+                .find(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != '.')
+                .map_or(word.len(), |end| end + 1),
+        };
+        let (word, after) = word.split_at(end);
+        match word {
+            ":data" => over.push_str("r.d"),
+            ":write" => over.push_str("r.w"),
+            // The same for all.
+            ":owner" => over.push_str("{owner}"),
+            ":alive" => over.push_str("{alive}"),
+            word if word.starts_with(':') => over.extend(["r.", &word[1..]]),
+            word if word == "want_process" || READ.contains(&word) => over.extend(["l.", word]),
+            word => over.push_str(word),
+        }
+        rest = after;
+    }
+    over + rest
 }
