@@ -164,9 +164,7 @@ impl Database for Sqlite {
         match self.writer.ask(false, 0, |turn| turn.table.check(turn.connection)).await? {
             Fitness::Fits => Ok(()),
             Fitness::Missing => Err(place::missing()),
-            Fitness::Foreign => Err(place::config(
-                "there is something of the name of the table that is not a table of this version; choose another with table=",
-            )),
+            Fitness::Foreign => Err(place::foreign_table()),
         }
     }
 

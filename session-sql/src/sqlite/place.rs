@@ -42,11 +42,21 @@ impl Place {
         }
         let this = Self { path: path.to_owned(), durability };
         match fs::metadata(path) {
-            Ok(file) if file.is_file() => Ok(this),
+            Ok(file) if file.is_file() => this.check_rights().map(|()| this),
             Ok(_) => Err(config("there is something at the path of the database that is not a file")),
             Err(error) if error.kind() == io::ErrorKind::NotFound && create => this.create().map(|()| this),
             Err(error) => Err(io_failure(error)),
         }
+    }
+
+    /// Asks for the rights by name. To open the file for that would take the locks of other connections of this process with it,
+    /// once it is closed.
+    fn check_rights(&self) -> Result<(), Failure> {
+        #[cfg(unix)]
+        for path in [Some(&*self.path), self.path.parent()].into_iter().flatten() {
+            nix::unistd::access(path, nix::unistd::AccessFlags::W_OK).map_err(|error| io_failure(error.into()))?;
+        }
+        Ok(())
     }
 
     fn create(&self) -> Result<(), Failure> {
@@ -162,12 +172,20 @@ pub(super) fn failure(error: rusqlite::Error) -> Failure {
 
 /// Recognises what says that the table is not what it should be.
 fn schema(text: &str) -> Option<Failure> {
-    let about = ["no such table", "no such column", "has no column named", "no such index"];
-    about.iter().any(|about| text.contains(about)).then(missing)
+    let foreign = ["no such column", "has no column named"];
+    match text {
+        _ if text.contains("no such table") => Some(missing()),
+        _ if foreign.iter().any(|about| text.contains(about)) => Some(foreign_table()),
+        _ => None,
+    }
 }
 
 pub(super) fn missing() -> Failure {
     config("the table of sessions is missing; create=on makes it")
+}
+
+pub(super) fn foreign_table() -> Failure {
+    config("what has the name of the table is not a table of this version; choose another with table=")
 }
 
 pub(super) fn config(message: &'static str) -> Failure {
@@ -181,7 +199,7 @@ fn io_failure(error: io::Error) -> Failure {
         }
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => (
             ErrorKind::Config,
-            "the database file cannot be reached or made; the process needs the right to write its directory",
+            "the database file, or its directory, cannot be written; the process needs the right to write both",
         ),
         io::ErrorKind::NotADirectory => {
             (ErrorKind::Config, "the path of the database leads through something that is no directory")

@@ -73,7 +73,7 @@ impl Table {
         let expired = "expires_at <= :now AND (lock_token IS NULL OR lock_until <= :now)";
         Self {
             create: format!(
-                "CREATE TABLE IF NOT EXISTS main.{table} (
+                "CREATE TABLE main.{table} (
                     id TEXT NOT NULL PRIMARY KEY,
                     write_id BLOB,
                     expires_at INTEGER NOT NULL,
@@ -118,8 +118,12 @@ impl Table {
         }
     }
 
+    /// Makes the table and its index. Whatever has its name already is left as it is.
     pub(super) fn create(&self, connection: &Connection) -> Result<()> {
-        connection.execute_batch(&self.create)
+        match self.check(connection)? {
+            Fitness::Missing => connection.execute_batch(&self.create),
+            Fitness::Fits | Fitness::Foreign => Ok(()),
+        }
     }
 
     /// Says whether the table is there, and whether it has the columns of this version.
