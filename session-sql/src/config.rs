@@ -97,6 +97,20 @@ impl fmt::Debug for SqlServer {
     }
 }
 
+/// What keeps others out of a session while it is open.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SqlLockMode {
+    /// A token with a deadline in the row of the session. No connection is held while a session is open, and a holder who died keeps
+    /// others out until his lease ends, or until the database has noticed that his process is gone.
+    #[default]
+    Lease,
+    /// The same, and beside it an open transaction that holds a row lock, on a connection of its own. Waiters are woken by the database
+    /// itself, and a holder who died is out at once. At most [`connections`](SqlConfig::connections) sessions are open in one process
+    /// at a time; an opener who waits counts. PostgreSQL and MySQL or MariaDB only. Processes with either mode can share a table.
+    Transaction,
+}
+
 /// Which database it is and how it is used. Every default is meant for production.
 ///
 /// `Debug` shows neither user nor password.
@@ -111,7 +125,10 @@ pub struct SqlConfig {
     pub create: bool,
     /// What stands before the id in every key. Default nothing.
     pub prefix: Cow<'static, str>,
-    /// How many connections there may be for all sessions together, 1 at least. Default 8; for SQLite the connections that read.
+    /// What keeps others out of a session while it is open. Default [`Lease`](SqlLockMode::Lease).
+    pub lock: SqlLockMode,
+    /// How many connections there may be for all sessions together, 1 at least. Default 8; for SQLite the connections that read. With
+    /// [`SqlLockMode::Transaction`] as many again, one for each session that is open.
     pub connections: u32,
     /// How long to wait for an answer. Default 5 s.
     pub timeout: Duration,
@@ -165,6 +182,7 @@ impl SqlConfig {
             table: "sessions".into(),
             create: false,
             prefix: "".into(),
+            lock: SqlLockMode::default(),
             connections: 8,
             timeout: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(2),
@@ -210,7 +228,10 @@ impl SqlConfig {
                 return Err(config(format!("the scheme {} is none of {accepted}://", scheme.escape_debug())));
             }
         });
-        dsn.choice("lock", &[("lease", ())])?;
+        let locks = [("lease", SqlLockMode::Lease), ("transaction", SqlLockMode::Transaction)];
+        if let Some(lock) = dsn.choice("lock", &locks)? {
+            this.lock = lock;
+        }
         if let Some(table) = dsn.option("table") {
             this.table = table.into();
         }
@@ -260,6 +281,13 @@ impl SqlConfig {
     #[must_use]
     pub fn with_prefix(mut self, prefix: impl Into<String>) -> Self {
         self.prefix = prefix.into().into();
+        self
+    }
+
+    /// The same with another way to keep others out.
+    #[must_use]
+    pub fn with_lock(mut self, lock: SqlLockMode) -> Self {
+        self.lock = lock;
         self
     }
 
@@ -320,6 +348,11 @@ impl SqlConfig {
         if self.prefix.len() > 200 || !self.prefix.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(config("prefix= may have at most 200 characters, letters, digits and signs of ASCII"));
         }
+        if self.lock == SqlLockMode::Transaction && matches!(self.server, SqlServer::Sqlite(_)) {
+            let fact = "lock=transaction is not possible on SQLite: a transaction that stays open would lock every session of the file; \
+                        take lock=lease, which frees the sessions of a process that died as well";
+            return Err(config(fact));
+        }
         if self.connections == 0 {
             return Err(config("connections= must be 1 at least"));
         }
@@ -358,11 +391,16 @@ impl SqlConfig {
     }
 
     async fn begin(self, database: Arc<dyn Database>) -> Result<Arc<Store>> {
-        if self.create {
-            database.create_table().await.map_err(|failure| failure.into_error("create the table"))?;
+        if self.lock == SqlLockMode::Transaction && database.clone().transactions().is_none() {
+            return Err(config("lock=transaction is not possible on this database; take lock=lease"));
         }
-        database.check().await.map_err(|failure| failure.into_error("connect"))?;
-        Ok(Store::new(database, self))
+        let create = self.create;
+        let store = Store::new(database, self);
+        if create {
+            store.create_table().await.map_err(|failure| failure.into_error("create the table"))?;
+        }
+        store.check().await.map_err(|failure| failure.into_error("connect"))?;
+        Ok(store)
     }
 }
 
@@ -394,4 +432,17 @@ fn address(dsn: &Dsn) -> Result<SqlAddress> {
 
 fn config(message: impl Into<Cow<'static, str>>) -> Error {
     Error::new(ErrorKind::Config, "dsn", message)
+}
+
+#[cfg(all(test, feature = "sqlite"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sqlite_says_why_it_holds_no_transaction() {
+        let dsn = Dsn::parse("sqlite:///tmp/sessions.db?lock=transaction").unwrap();
+        let refused = SqlConfig::from_dsn(&dsn).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Config);
+        assert!(refused.to_string().contains("lock every session"), "{refused}");
+    }
 }

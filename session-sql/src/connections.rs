@@ -50,6 +50,14 @@ impl<D: Database> Connections<D> {
         Self::Own(Own { options, setup, patience, permits, idle: Mutex::default() })
     }
 
+    /// Returns how a connection is made, for whoever needs one of his own.
+    pub(crate) fn options(&self) -> Options<D> {
+        match self {
+            Self::Own(own) => own.options.clone(),
+            Self::Shared(pool) => (*pool.connect_options()).clone(),
+        }
+    }
+
     /// Returns a connection that nobody else uses meanwhile.
     ///
     /// # Errors

@@ -28,6 +28,8 @@ use async_trait::async_trait;
 use session_core::leased::{Basis, Failed, Found, Renewed, Then, Verdict, Want};
 use session_core::{Error, ErrorKind, Holder, LeaseToken, Record, Ttl, WriteId};
 
+use crate::transaction::Transactions;
+
 /// How long a trace stays at least.
 pub(crate) const REMEMBER: Duration = Duration::from_secs(60);
 
@@ -81,6 +83,11 @@ pub(crate) trait Database: fmt::Debug + Send + Sync + 'static {
 
     /// Asks whether the database answers and the table is one that this version can use.
     async fn check(&self) -> Result<(), Failure>;
+
+    /// Returns how this database holds locks in transactions, if it can.
+    fn transactions(self: Arc<Self>) -> Option<Arc<dyn Transactions>> {
+        None
+    }
 
     /// Registers somebody who waits under `token`, before the database is told of him; `None` where it cannot wake anybody.
     async fn waiter(&self, token: LeaseToken) -> Option<Box<dyn Waiter>>;

@@ -67,7 +67,7 @@ impl SqlHandler {
     /// [`Config`](session_core::ErrorKind::Config) if the user may not, [`Unavailable`](session_core::ErrorKind::Unavailable) if the
     /// database does not answer.
     pub async fn create_table(&self) -> Result<()> {
-        self.sessions.store().database.create_table().await.map_err(|failure| failure.into_error("create the table"))
+        self.sessions.store().create_table().await.map_err(|failure| failure.into_error("create the table"))
     }
 
     /// Returns the lock of this table, to be used alone. It excludes the exclusive openings of this handler, too.
@@ -95,7 +95,7 @@ impl SessionHandler for SqlHandler {
     }
 
     async fn gc(&self, limit: NonZeroU32) -> Result<u64> {
-        self.sessions.store().database.gc(limit.get()).await.map_err(|failure| failure.into_error("gc"))
+        self.sessions.store().gc(limit.get()).await.map_err(|failure| failure.into_error("gc"))
     }
 
     fn admin(&self) -> Option<&dyn SessionAdmin> {

@@ -2,6 +2,9 @@
 //!
 //! The lock is a lease in the session's row: a token with a deadline. The fence is in the `WHERE` of each write. Every step is one
 //! statement that commits by itself, so no connection is held while a session is open.
+//!
+//! With [`SqlLockMode::Transaction`] (`lock=transaction`, PostgreSQL and MySQL or MariaDB) an open transaction holds a row lock beside
+//! it, so that the database itself wakes who waits, and frees the sessions of a process that died at once.
 
 #[cfg(not(any(feature = "postgres", feature = "mysql", feature = "sqlite")))]
 compile_error!("session-sql needs at least one of its features postgres, mysql and sqlite");
@@ -21,9 +24,10 @@ mod postgres;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 mod store;
+mod transaction;
 
 #[cfg(feature = "sqlite")]
 pub use config::Durability;
-pub use config::{SqlAddress, SqlConfig, SqlServer};
+pub use config::{SqlAddress, SqlConfig, SqlLockMode, SqlServer};
 pub use handler::SqlHandler;
 pub use lock::SqlLock;

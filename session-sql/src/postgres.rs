@@ -6,6 +6,7 @@
 
 mod errors;
 mod statements;
+mod transaction;
 
 use std::fmt;
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use crate::database::{
     Action, Alter, Busy, Database, Enter, Entered, Failure, Listed, Locked, Owner, Remove, Renew, Waiter, holder, millis,
     span,
 };
+use crate::transaction::Transactions;
 use errors::Told;
 use statements::{Statements, VERSION, schema};
 
@@ -42,6 +44,7 @@ pub(crate) struct Postgres {
     /// As it was given, and quoted.
     table: String,
     index: String,
+    holds: String,
     timeout: Duration,
     strict: bool,
 }
@@ -92,7 +95,8 @@ impl Postgres {
         let index = format!("\"{}_expires\"", &name[..name.len().min(55)]);
         let wait = millis(config.timeout / 2);
         let statements = Statements::new(&table, wait, config.strict_expiry);
-        Self { connections, statements, owner, table, index, timeout: config.timeout, strict: config.strict_expiry }
+        let holds = transaction::name_of(&config.table);
+        Self { connections, statements, owner, table, index, holds, timeout: config.timeout, strict: config.strict_expiry }
     }
 
     /// Does one statement on a connection of its own and returns its rows, the whole answer read: it has been committed.
@@ -413,6 +417,10 @@ impl Database for Postgres {
             )),
             Some(_) => Ok(()),
         }
+    }
+
+    fn transactions(self: Arc<Self>) -> Option<Arc<dyn Transactions>> {
+        Some(self)
     }
 
     async fn waiter(&self, _token: LeaseToken) -> Option<Box<dyn Waiter>> {

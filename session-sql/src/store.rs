@@ -7,14 +7,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use session_core::leased::{
-    self, Asked, Failed, Found, Granted, LeasedStore, Removal, Renewal, Renewed, Step, Verdict, Want,
+    self, Asked, Failed, Found, Granted, LeasedStore, Removal, Renewal, Renewed, Step, Then, Verdict, Want,
 };
 use session_core::{Error, ErrorKind, LeaseToken, Record, Result, SessionId};
 use tokio::runtime::Handle;
 
 use crate::batches::Batches;
-use crate::config::SqlConfig;
+use crate::config::{SqlConfig, SqlLockMode};
 use crate::database::{Action, Alter, Busy, Database, Enter, Entered, Failure, Remove, Renew, millis};
+use crate::transaction::{Hold, Holds, Sought, is_marked, mark};
 
 /// How long the place of a task that gave up waits for the next task of this process.
 const HEIR: Duration = Duration::from_millis(20);
@@ -25,6 +26,9 @@ const PAUSES: [Duration; 3] = [Duration::from_millis(50), Duration::from_millis(
 /// How often a waiter looks at least, whoever promised to wake him: a holder that was killed tells nobody.
 const LOOK: Duration = Duration::from_millis(500);
 
+/// How soon whoever waits for a transaction looks at the row for the first time.
+const GLANCE: Duration = Duration::from_millis(30);
+
 /// The first and the longest pause of the one next in line who is not woken, and of those behind him.
 const NEXT: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(6));
 const BEHIND: (Duration, Duration) = (Duration::from_millis(3), Duration::from_millis(50));
@@ -33,6 +37,8 @@ pub(crate) struct Store {
     pub(crate) database: Arc<dyn Database>,
     batches: Batches,
     pub(crate) config: SqlConfig,
+    /// With `lock=transaction`.
+    holds: Option<Arc<Holds>>,
 }
 
 /// A session as the table names it.
@@ -43,7 +49,34 @@ pub(crate) struct Row {
 
 impl Store {
     pub(crate) fn new(database: Arc<dyn Database>, config: SqlConfig) -> Arc<Self> {
-        Arc::new(Self { batches: Batches::new(database.clone()), database, config })
+        let holds = database.clone().transactions().filter(|_| config.lock == SqlLockMode::Transaction);
+        let holds = holds.map(|transactions| Holds::new(transactions, &config));
+        Arc::new(Self { batches: Batches::new(database.clone()), database, config, holds })
+    }
+
+    /// Makes the tables if they are not there.
+    pub(crate) async fn create_table(&self) -> Result<(), Failure> {
+        self.database.create_table().await?;
+        match &self.holds {
+            Some(holds) => holds.transactions().create_table().await,
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) async fn check(&self) -> Result<(), Failure> {
+        self.database.check().await?;
+        match &self.holds {
+            Some(holds) => holds.transactions().check().await,
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) async fn gc(&self, limit: u32) -> Result<u64, Failure> {
+        let freed = self.database.gc(limit).await?;
+        if let Some(holds) = &self.holds {
+            holds.transactions().gc(limit).await?;
+        }
+        Ok(freed)
     }
 
     pub(crate) fn key(&self, id: &SessionId) -> String {
@@ -66,6 +99,136 @@ impl Store {
             }
         }
         Err(Failure::unexpected("two attempts have ended without an outcome"))
+    }
+
+    /// Takes the lease in the row, waiting for it if need be; under a hold it waits for nobody who is known to be gone.
+    async fn acquire_lease(
+        self: &Arc<Self>,
+        ask: &Asking<'_>,
+        token: LeaseToken,
+        hold: Option<(&Holds, &Hold)>,
+    ) -> Result<Granted<LeaseToken>> {
+        let mut attempt = Attempt { store: self, row: ask.row, token, armed: true };
+        let entry = ask.entry(token);
+        let granted = match self.enter(&entry).await {
+            Ok(Entered::Absent) => {
+                attempt.armed = false;
+                None
+            }
+            Ok(Entered::Granted { found, clean }) => {
+                attempt.armed = false;
+                Some((found, clean))
+            }
+            Ok(Entered::Busy(busy)) => {
+                attempt.armed = false;
+                let evicted = match hold {
+                    Some((holds, hold)) => {
+                        hold.keep_for(ask.rest().saturating_add(ask.lease));
+                        let evicted = holds.transactions().evict(&ask.row.key).await;
+                        evicted.map_err(|failure| failure.into_error(ask.operation))?
+                    }
+                    None => false,
+                };
+                if ask.rest() < Duration::from_millis(1) && !evicted {
+                    return Err(lock_timeout(ask.operation, ask.wait, busy.holder));
+                }
+                attempt.armed = true;
+                // On the heap, so that whoever need not wait does not carry the room for it.
+                Box::pin(self.wait(ask.operation, &mut attempt, entry, ask.wait, ask.began)).await?
+            }
+            Err(failure) => {
+                attempt.armed = failure.sent;
+                return Err(failure.into_error(ask.operation));
+            }
+        };
+        Ok(match granted {
+            None => Granted::Absent,
+            Some((found, clean)) => Granted::Locked { claim: token, found, clean },
+        })
+    }
+
+    /// Takes the lock in a transaction that stays open, and under it the lease in the row. While somebody else has the transaction,
+    /// the row decides whether that still means something.
+    async fn acquire_held(
+        self: &Arc<Self>,
+        holds: &Arc<Holds>,
+        ask: &Asking<'_>,
+        token: LeaseToken,
+    ) -> Result<Granted<LeaseToken>> {
+        let mut seeking = holds.seek(&ask.row.key, ask.want == Want::Existing, ask.wait, ask.lease);
+        let mut pause = GLANCE;
+        loop {
+            let answer = match tokio::time::timeout(pause, &mut seeking.answer).await {
+                Ok(Ok(answer)) => answer.map_err(|failure| failure.into_error(ask.operation))?,
+                Ok(Err(_)) => {
+                    let fact = "the task that held the transaction has ended";
+                    return Err(Error::new(ErrorKind::Unavailable, ask.operation, fact));
+                }
+                Err(_) if ask.began.elapsed() > ask.wait.saturating_add(holds.grace()) => Sought::Busy,
+                Err(_) if !seeking.for_a_holder() => continue,
+                Err(_) => {
+                    match self.glance(ask, mark(token, false)).await? {
+                        Ok(granted) => return Ok(granted),
+                        Err(left) => {
+                            let jitter = Duration::from_micros(1000 + u64::from(token.to_bytes()[0]) * 31);
+                            pause = LOOK.min(left + jitter);
+                        }
+                    }
+                    continue;
+                }
+            };
+            return match answer {
+                Sought::Absent => Ok(Granted::Absent),
+                Sought::Busy => self.acquire_lease(ask, mark(token, false), None).await,
+                Sought::Held(hold) => {
+                    let token = mark(token, true);
+                    let granted = self.acquire_lease(ask, token, Some((holds, &hold))).await?;
+                    if let Granted::Locked { .. } = granted {
+                        holds.put(token, hold);
+                    }
+                    Ok(granted)
+                }
+            };
+        }
+    }
+
+    /// Takes the lease if it is free although somebody has the transaction; otherwise says how long it lasts.
+    async fn glance(self: &Arc<Self>, ask: &Asking<'_>, token: LeaseToken) -> Result<Result<Granted<LeaseToken>, Duration>> {
+        let mut attempt = Attempt { store: self, row: ask.row, token, armed: true };
+        let entered = self.enter(&ask.entry(token)).await;
+        attempt.armed = entered.as_ref().is_err_and(|failure| failure.sent);
+        match entered.map_err(|failure| failure.into_error(ask.operation))? {
+            Entered::Absent => Ok(Ok(Granted::Absent)),
+            Entered::Granted { found, clean } => Ok(Ok(Granted::Locked { claim: token, found, clean })),
+            Entered::Busy(busy) => Ok(Err(busy.left)),
+        }
+    }
+
+    /// Ends the transaction of a lock that has been given back, or is to be.
+    fn let_go(&self, token: Option<LeaseToken>) {
+        if let (Some(holds), Some(token)) = (&self.holds, token) {
+            holds.let_go(token);
+        }
+    }
+
+    /// Says of each lease whether the transaction that it came with, if it did, is still open.
+    async fn keep(&self, leases: &[Renewal<Row>]) -> Vec<bool> {
+        let Some(holds) = &self.holds else { return vec![true; leases.len()] };
+        let asked: Vec<_> = leases
+            .iter()
+            .map(|lease| {
+                let (holds, token, length) = (holds.clone(), lease.token, lease.length);
+                is_marked(token).then(|| tokio::spawn(async move { holds.keep(token, length).await }))
+            })
+            .collect();
+        let mut kept = Vec::with_capacity(asked.len());
+        for asked in asked {
+            kept.push(match asked {
+                Some(asked) => asked.await.unwrap_or(false),
+                None => true,
+            });
+        }
+        kept
     }
 
     /// Waits for the lock that was not free at first.
@@ -157,7 +320,8 @@ impl LeasedStore for Store {
     }
 
     fn claim(&self, _lease: Duration) -> Result<LeaseToken> {
-        LeaseToken::random()
+        // Nobody else knows a fresh id, so its first write waits for nobody and needs no transaction.
+        LeaseToken::random().map(|token| mark(token, false))
     }
 
     fn token(claim: &LeaseToken) -> LeaseToken {
@@ -178,32 +342,12 @@ impl LeasedStore for Store {
     ) -> Result<Granted<LeaseToken>> {
         let began = Instant::now();
         let token = LeaseToken::random()?;
-        let entry = Enter { key: row.key.clone(), token, lease: millis(lease), want, book: 0, probe: false };
-        let mut attempt = Attempt { store: self, row, token, armed: true };
-        let granted = match self.enter(&entry).await {
-            Ok(Entered::Absent) => {
-                attempt.armed = false;
-                None
-            }
-            Ok(Entered::Granted { found, clean }) => {
-                attempt.armed = false;
-                Some((found, clean))
-            }
-            Ok(Entered::Busy(busy)) if wait.is_zero() => {
-                attempt.armed = false;
-                return Err(lock_timeout(operation, wait, busy.holder));
-            }
-            // On the heap, so that whoever need not wait does not carry the room for it.
-            Ok(Entered::Busy(_)) => Box::pin(self.wait(operation, &mut attempt, entry, wait, began)).await?,
-            Err(failure) => {
-                attempt.armed = failure.sent;
-                return Err(failure.into_error(operation));
-            }
-        };
-        Ok(match granted {
-            None => Granted::Absent,
-            Some((found, clean)) => Granted::Locked { claim: token, found, clean },
-        })
+        let ask = Asking { operation, row, want, wait, lease, began };
+        match &self.holds {
+            // On the heap, so that whoever does without does not carry the room for it.
+            Some(holds) => Box::pin(self.acquire_held(holds, &ask, token)).await,
+            None => self.acquire_lease(&ask, mark(token, false), None).await,
+        }
     }
 
     async fn look(&self, operation: &'static str, row: &Row) -> Result<Found, Failed> {
@@ -235,6 +379,10 @@ impl LeasedStore for Store {
             }
             judged => judged,
         };
+        let in_force = matches!(judged, Ok(Verdict::Applied | Verdict::AlreadyApplied));
+        if in_force && step.then == Then::Close || matches!(judged, Ok(Verdict::Gone)) {
+            self.let_go(step.claim.copied());
+        }
         Asked { answer: judged.map_err(|failure| failure.into_failed(step.operation())), repeated }
     }
 
@@ -247,38 +395,87 @@ impl LeasedStore for Store {
             trace: step.trace,
             then: step.then,
         };
-        twice("destroy", || self.database.remove(&removal)).await
+        let removed = twice("destroy", || self.database.remove(&removal)).await;
+        if removed.answer.is_ok() && step.then == Then::Close {
+            self.let_go(removal.token);
+        }
+        removed
     }
 
     async fn renew(&self, leases: &[Renewal<Row>]) -> Vec<Result<Renewed, Failed>> {
+        let kept = self.keep(leases).await;
         let renewals: Vec<_> = leases
             .iter()
-            .map(|lease| Renew {
+            .zip(&kept)
+            // Without its transaction a lock may have been taken over however long its lease is.
+            .filter(|(_, kept)| **kept)
+            .map(|(lease, _)| Renew {
                 key: lease.place.key.clone(),
                 token: lease.token,
                 lease: millis(lease.length),
                 protects: lease.protects,
             })
             .collect();
-        match twice("renew", || self.database.renew(&renewals)).await.answer {
-            Ok(outcomes) if outcomes.len() == leases.len() => outcomes.into_iter().map(Ok).collect(),
-            Ok(_) => leases.iter().map(|_| Err(Failure::unexpected("an answer is missing").into_failed("renew"))).collect(),
-            Err(Failed { error, sent }) => {
-                let again = || Failed { error: Error::new(error.kind(), "renew", "the database did not answer"), sent };
-                leases.iter().map(|_| Err(again())).collect()
+        let mut outcomes = match twice("renew", || self.database.renew(&renewals)).await.answer {
+            Ok(outcomes) if outcomes.len() == renewals.len() => Ok(outcomes.into_iter()),
+            Ok(_) => Err(Failure::unexpected("an answer is missing").into_failed("renew")),
+            Err(failed) => Err(failed),
+        };
+        let outcome = |(lease, kept): (&Renewal<Row>, bool)| match &mut outcomes {
+            _ if !kept => {
+                self.let_go(Some(lease.token));
+                Ok(Renewed::Ended)
             }
-        }
+            Ok(outcomes) => {
+                let outcome = outcomes.next().unwrap_or(Renewed::Ended);
+                if outcome == Renewed::Ended {
+                    self.let_go(Some(lease.token));
+                }
+                Ok(outcome)
+            }
+            Err(Failed { error, sent }) => {
+                Err(Failed { error: Error::new(error.kind(), "renew", "the database did not answer"), sent: *sent })
+            }
+        };
+        leases.iter().zip(kept).map(outcome).collect()
     }
 
     async fn release(&self, operation: &'static str, row: &Row, token: LeaseToken) -> Result<(), Failed> {
-        twice(operation, || self.database.leave(&row.key, token, true)).await.answer
+        let left = twice(operation, || self.database.leave(&row.key, token, true)).await.answer;
+        self.let_go(Some(token));
+        left
     }
 
     fn release_later(self: &Arc<Self>, row: &Arc<Row>, token: LeaseToken, clean: bool) {
         if let Ok(runtime) = Handle::try_current() {
             let (store, row) = (self.clone(), row.clone());
-            runtime.spawn(async move { store.give_up(&row.key, token, clean).await });
+            runtime.spawn(async move {
+                store.give_up(&row.key, token, clean).await;
+                store.let_go(Some(token));
+            });
+        } else {
+            self.let_go(Some(token));
         }
+    }
+}
+
+/// What is asked for with a lock.
+struct Asking<'a> {
+    operation: &'static str,
+    row: &'a Arc<Row>,
+    want: Want,
+    wait: Duration,
+    lease: Duration,
+    began: Instant,
+}
+
+impl Asking<'_> {
+    fn rest(&self) -> Duration {
+        self.wait.saturating_sub(self.began.elapsed())
+    }
+
+    fn entry(&self, token: LeaseToken) -> Enter {
+        Enter { key: self.row.key.clone(), token, lease: millis(self.lease), want: self.want, book: 0, probe: false }
     }
 }
 
