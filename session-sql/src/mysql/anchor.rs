@@ -164,7 +164,8 @@ impl Drop for Keeper {
 
 async fn take(options: &MySqlConnectOptions, process: i64) -> Option<sqlx::MySqlConnection> {
     let mut connection = options.connect().await.ok()?;
-    let text = format!("SELECT GET_LOCK('sessionkit:{process}',0)");
+    // Some servers close within seconds what says nothing.
+    let text = format!("SET SESSION wait_timeout=600;SELECT GET_LOCK('sessionkit:{process}',0)");
     let row = sqlx::raw_sql(AssertSqlSafe(text)).fetch_one(&mut connection).await.ok()?;
     let got: Option<i64> = row.try_get_unchecked(0).ok()?;
     (got == Some(1)).then_some(connection)

@@ -13,6 +13,9 @@ use crate::database::Failure;
 /// The text of a server that a client asks in vain for a key, because of a password that is to be sent in the clear.
 const NO_TLS: &str = "the server wants the password over TLS: write tls=on, or give the user mysql_native_password";
 
+/// What is missing where the server says that something is forbidden.
+pub(super) const RIGHTS: &str = "the user lacks a right on the table: it takes SELECT, INSERT, UPDATE and DELETE";
+
 /// An error while connecting: nothing was asked yet.
 pub(super) fn connecting(error: Error) -> Failure {
     let failure = match error {
@@ -72,9 +75,7 @@ fn answered(error: &dyn sqlx::error::DatabaseError) -> Failure {
     let Some(number) = number(error) else { return Failure::unexpected("the database refused it without a reason") };
     let text = |text: &'static str| Cow::Borrowed(text);
     let (kind, message) = match number {
-        1044 | 1142 | 1143 | 1227 | 1370 => {
-            (ErrorKind::Config, text("the user lacks a right on the table: it takes SELECT, INSERT, UPDATE and DELETE"))
-        }
+        1044 | 1142 | 1143 | 1227 | 1370 => (ErrorKind::Config, text(RIGHTS)),
         1045 | 1698 => (ErrorKind::Config, text("the database does not accept this user with this password")),
         1130 => (ErrorKind::Config, text("the database does not accept connections from this host")),
         1049 => (ErrorKind::Config, text("there is no such database")),

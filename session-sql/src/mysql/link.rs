@@ -258,7 +258,8 @@ impl Pile {
         let patience = self.patience;
         let text = format!(
             "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED;\
-             SET SESSION sql_mode='STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION',autocommit=1,innodb_lock_wait_timeout={patience};\
+             SET SESSION sql_mode='STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION',autocommit=1,innodb_lock_wait_timeout={patience},\
+             wait_timeout=600;\
              SELECT @@max_allowed_packet"
         );
         let answers = fly(&mut connection, text).await.map_err(errors::connecting)?;

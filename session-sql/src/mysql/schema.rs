@@ -2,6 +2,7 @@
 
 use session_core::ErrorKind;
 
+use super::errors;
 use super::link::{Given, Link, number, text};
 use super::texts::{Text, Texts};
 use crate::database::Failure;
@@ -50,10 +51,15 @@ pub(super) async fn create(link: &Link, texts: &Texts) -> Result<(), Failure> {
         texts.table,
         columns.join(",")
     );
-    link.ask(&[&plain(sql)], &Given::default()).await.map(drop).map_err(|failure| match failure.kind {
-        ErrorKind::Config => Failure { message: "the user may not make the table".into(), ..failure },
-        _ => failure,
-    })
+    match link.ask(&[&plain(sql)], &Given::default()).await {
+        Ok(_) => Ok(()),
+        // It is forbidden even where there is nothing to make.
+        Err(failure) if failure.message == errors::RIGHTS => match link.ask(&[&texts.look], &Given::default()).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Failure { message: "the user may not make the table: that takes CREATE".into(), ..failure }),
+        },
+        Err(failure) => Err(failure),
+    }
 }
 
 /// Asks whether server, table and rights will do.
