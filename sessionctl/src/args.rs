@@ -135,6 +135,13 @@ pub(crate) enum Command {
     ///   handover_tasks
     ///              the same between two tasks of one process
     ///
+    ///   many_vs_few, during_gc_vs_before
+    ///              with --rows: a cycle in a table of many sessions beside one in a table of few; of 16
+    ///              tasks while those that have expired are collected, beside the same before that
+    ///   longest_before_gc, longest_during_gc
+    ///              with --rows: the longest cycle of these
+    ///   gc_batch   with --rows: what it takes to collect up to 1,000
+    ///
     /// The ratio is the cycles of a line divided by the cycles beside it: the floor's, except in the
     /// lines that say otherwise. Trips are the round trips of a cycle, counted with one task at a
     /// proxy, in a pass of its own. memory:// has no floor, and gets cycle and session; so do
@@ -347,6 +354,10 @@ pub(crate) struct BenchArgs {
     /// How many hand-overs to time
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000), value_name = "N")]
     pub(crate) handovers: u32,
+    /// SQL only: measures also in a table with this many sessions beside one with a thousand, and while a tenth of them, which
+    /// has expired, is collected
+    #[arg(long, value_name = "N")]
+    pub(crate) rows: Option<NonZeroU32>,
     /// The program that runs the peers of SQL databases, which cannot be linked into this one: "cargo xtask bench" builds it
     #[arg(long, value_name = "PROGRAM")]
     pub(crate) peers: Option<PathBuf>,

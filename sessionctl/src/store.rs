@@ -121,6 +121,17 @@ impl Stores {
         }
     }
 
+    /// Returns the DSN of a store in a table of its own, which is made when it is opened.
+    ///
+    /// # Errors
+    /// [`Unsupported`](ErrorKind::Unsupported) if there are no tables here.
+    pub(crate) fn in_table(&self, name: &str) -> session_core::Result<String> {
+        match self {
+            Self::Prefixes(server) if sql::SqlConfig::SCHEMES.contains(&server.scheme.as_str()) => Ok(server.in_table(name)),
+            _ => Err(Error::new(ErrorKind::Unsupported, "bench", "this store has no tables")),
+        }
+    }
+
     /// Returns the server of these stores, if it is one that speaks plain TCP, so that a proxy can stand before it.
     pub(crate) fn server(&self) -> Option<String> {
         match self {
@@ -211,6 +222,20 @@ impl ServerDsn {
     /// Returns the DSN of what stands under `name` within this prefix.
     fn within(&self, name: &str) -> Self {
         Self { prefix: format!("{}{name}", self.prefix), ..self.clone() }
+    }
+
+    /// Returns the DSN of a table whose name nobody else has; only for databases.
+    fn in_table(&self, name: &str) -> String {
+        let parsed = |option: &str| Dsn::parse(&format!("{}://?{option}", self.scheme));
+        let is_other = |option: &String| {
+            parsed(option).is_ok_and(|parsed| parsed.option("table").is_none() && parsed.option("create").is_none())
+        };
+        let mut options: Vec<_> = self.options.iter().filter(|option| is_other(option)).cloned().collect();
+        let own: String = self.prefix.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+        // A name may have 63 characters, and the end of the prefix is what nobody else has.
+        let own = &own[own.len().saturating_sub(48)..];
+        options.extend([format!("table=s_{own}{name}"), "create=on".to_owned()]);
+        Self { options, ..self.clone() }.text()
     }
 
     fn through(&self, address: SocketAddr) -> Self {
@@ -323,6 +348,8 @@ mod tests {
         let lite = ServerDsn::new("sqlite:///tmp/s.db?create=on").unwrap().within("x:");
         assert_eq!((lite.plain_tcp(), lite.text()), (None, "sqlite:///tmp/s.db?prefix=x%3A&create=on".to_owned()));
         assert_eq!(ServerDsn::new("redis://h?prefix=").unwrap().within("x:").prefix, "x:");
+        let table = ServerDsn::new("mysql://h/app?table=mine&create=off&ttl=1h").unwrap().within("x-1:").in_table("few");
+        assert_eq!(table, "mysql://h/app?prefix=x-1%3A&ttl=1h&table=s_x_1_few&create=on");
         for other in ["redis+cluster://h1,h2", "redis://h?tls=on", "redis+unix:///run/redis.sock", "rediss://h"] {
             assert_eq!(ServerDsn::new(other).unwrap().plain_tcp(), None, "{other}");
         }

@@ -1,7 +1,7 @@
 //! Every developer command: what runs for `cargo xtask test`, `ci` and `bench`, and in which order.
 //!
 //! How a step is run and timed is in `step.rs`, what a machine must have in `tools.rs`, which features there are in
-//! `manifest.rs`, the server of a bench in `server.rs`. This program has no dependency, so that it is built in a second on a new machine.
+//! `manifest.rs`, the servers of a bench in `server.rs`. This program has no dependency, so that it is built in a second on a new machine.
 
 mod manifest;
 mod server;
@@ -12,7 +12,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use server::Redis;
+use server::{Databases, Redis};
 use step::{Failure, Steps, cargo};
 use tools::CargoTool;
 
@@ -22,7 +22,7 @@ usage: cargo xtask <command>
   test   installs what the tests need and is missing, then runs every test and every doctest
   ci     fmt, clippy, test, docs, each feature alone, dependencies, advisories; needs nothing prepared
   bench  [DSN...] [options of `sessionctl bench`]; without a DSN the file backend and SQLite in a temporary
-         directory, memory, and Redis on a server of its own";
+         directory, memory, and Redis, PostgreSQL and MariaDB on servers of their own";
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
@@ -34,7 +34,7 @@ fn main() -> ExitCode {
     let outcome = match (command.as_deref(), rest.is_empty()) {
         (Some("test"), true) => test(&mut steps, root),
         (Some("ci"), true) => ci(&mut steps, root),
-        (Some("bench"), _) => bench(&mut steps, &rest),
+        (Some("bench"), _) => bench(&mut steps, root, &rest),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
@@ -98,7 +98,7 @@ fn audit(root: &Path) -> step::Command {
 }
 
 /// Measures the stores that are named, or one of each kind.
-fn bench(steps: &mut Steps, args: &[String]) -> Result<(), Failure> {
+fn bench(steps: &mut Steps, root: &Path, args: &[String]) -> Result<(), Failure> {
     let scratch = Scratch(std::env::temp_dir().join(format!("sessionkit-bench-{}", std::process::id())));
     // Built apart: what they depend on cannot be linked beside ours.
     steps.run(
@@ -106,16 +106,21 @@ fn bench(steps: &mut Steps, args: &[String]) -> Result<(), Failure> {
         &cargo("build --release --locked --quiet --manifest-path peers/Cargo.toml --target-dir target/peers"),
     )?;
     let mut command = cargo("run --release --locked --quiet -p sessionctl -- bench --peers target/peers/release/peers");
-    // Lives until the bench is done.
-    let redis;
+    // They live until the bench is done.
+    let (redis, databases);
     if !args.iter().any(|arg| arg.contains("://")) {
-        tools::install_debian_packages(steps, &["session-redis".into()])?;
+        tools::install_debian_packages(steps, &["session-redis".into(), "session-sql".into()])?;
         let started = tools::find("redis-server").ok_or(io::ErrorKind::NotFound.into()).and_then(|path| Redis::start(&path));
         redis = started.map_err(|error| Failure { step: format!("bench: {error}"), command: "redis-server".into() })?;
+        let failed = |error| Failure { step: format!("bench: {error}"), command: "cargo run --example servers".into() };
+        databases = Databases::start(root).map_err(failed)?;
         std::fs::create_dir_all(&scratch.0)
             .map_err(|error| Failure { step: format!("bench: {error}"), command: "mkdir".into() })?;
         command = command.arg(&format!("file://{}/files", scratch.0.display())).arg("memory://").arg(&redis.dsn());
         command = command.arg(&format!("sqlite://{}/sessions.db?create=on", scratch.0.display()));
+        for dsn in &databases.dsns {
+            command = command.arg(&format!("{dsn}?create=on"));
+        }
     }
     for arg in args {
         command = command.arg(arg);

@@ -1,8 +1,9 @@
-//! A Redis server for a bench: private, on a free loopback port, with nothing on disk.
+//! Servers for a bench: a Redis server, private, on a free loopback port, with nothing on disk; and those of databases.
 //!
-//! The tests have a starter of their own, in `conformance-tests`; this program has no dependency.
+//! The tests have a starter of their own, in `conformance-tests`; this program has no dependency, so that it starts Redis itself, and
+//! has an example of that crate start what is harder to start.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -64,6 +65,42 @@ impl Drop for Redis {
     fn drop(&mut self) {
         // It may have ended already.
         let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A PostgreSQL and a MariaDB server that end with this value.
+#[derive(Debug)]
+pub(crate) struct Databases {
+    child: Child,
+    pub(crate) dsns: Vec<String>,
+}
+
+impl Databases {
+    /// Builds what starts them, in the repository `root`, and returns once they answer.
+    pub(crate) fn start(root: &Path) -> io::Result<Self> {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut child = Command::new(cargo)
+            .args(["run", "--release", "--locked", "--quiet", "-p", "conformance-tests", "--features", "servers"])
+            .args(["--example", "servers"])
+            .current_dir(root)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let lines = BufReader::new(child.stdout.take().expect("it is piped")).lines();
+        let mut this = Self { child, dsns: Vec::new() };
+        this.dsns = lines.take(2).collect::<io::Result<_>>()?;
+        match this.dsns.len() {
+            2 => Ok(this),
+            _ => Err(io::Error::other("a database server did not start")),
+        }
+    }
+}
+
+impl Drop for Databases {
+    fn drop(&mut self) {
+        drop(self.child.stdin.take());
+        // They end with their starter, which reads that it is over.
         let _ = self.child.wait();
     }
 }

@@ -1,16 +1,18 @@
 //! `bench`: our cycle beside the floor, in turns, in one run, and how long a hand-over takes.
 //!
 //! Reading order: [`plain`] (the floor of files), [`redis`] (that of Redis, and its peer), [`sql`] (that of SQL databases), [`peers`]
-//! (theirs), [`ours`] (our cycles), [`handover`].
+//! (theirs), [`ours`] (our cycles), [`rows`] (beside how many sessions), [`handover`].
 
 mod handover;
 mod ours;
 mod peers;
 mod plain;
 mod redis;
+mod rows;
 mod sql;
 
 use std::collections::HashMap;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -74,6 +76,9 @@ struct Measurement {
 
 pub(crate) async fn bench(args: BenchArgs, out: &Output) -> Result<(), Failure> {
     for dsn in &args.dsns {
+        if args.rows.is_some() && !is_sql(dsn)? {
+            return Err(Failure::usage("--rows is for SQL databases, where sessions can be put in a table of their own"));
+        }
         // All of them, before the first is measured for seconds.
         sessionkit::handler(dsn).await?;
     }
@@ -81,7 +86,11 @@ pub(crate) async fn bench(args: BenchArgs, out: &Output) -> Result<(), Failure> 
         if n > 0 && !out.is_json() {
             out.raw("")?;
         }
-        let measured = Arena::new(dsn, &args).await?.measure(out).await?;
+        let arena = Arena::new(dsn, &args).await?;
+        let mut measured = arena.measure(out).await?;
+        if let Some(rows) = args.rows {
+            measured.extend(arena.beside_rows(rows, out).await?);
+        }
         for measurement in measured.iter().filter(|_| out.is_json()) {
             out.object(measurement)?;
         }
@@ -179,7 +188,7 @@ impl<'a> Arena<'a> {
                 let peer = PeerCycle::prepare(&directory.path().join("peer"), tasks, payload).await?;
                 contenders.push(("peer", Contender::Peer(peer)));
             }
-            Place::Prefix(_) if self.is_sql()? => {
+            Place::Prefix(_) if is_sql(self.dsn)? => {
                 if let Some(stores) = stores {
                     self.beside_sql(&stores.dsn("plain")?, tasks, &mut contenders).await?;
                 }
@@ -200,8 +209,50 @@ impl<'a> Arena<'a> {
         Ok(contenders)
     }
 
-    fn is_sql(&self) -> session_core::Result<bool> {
-        Ok(SqlConfig::SCHEMES.contains(&Dsn::parse(self.dsn)?.scheme()))
+    /// Measures beside few and beside many sessions, in two tables that are gone afterwards.
+    async fn beside_rows(&self, rows: NonZeroU32, out: &Output) -> Result<Vec<Measurement>, Failure> {
+        let Some(stores) = self.place.stores() else { return Ok(Vec::new()) };
+        let dsns = [stores.in_table("few")?, stores.in_table("many")?];
+        let bar = out.progress(0, "  {spinner}  {msg}  {elapsed}");
+        bar.set_message(format!("{} sessions", thousands(rows.get().into())));
+        let measured = self.in_tables(&dsns, rows).await;
+        bar.finish_and_clear();
+        for dsn in &dsns {
+            sql::drop_table(dsn).await?;
+        }
+        measured
+    }
+
+    async fn in_tables(&self, dsns: &[String; 2], rows: NonZeroU32) -> Result<Vec<Measurement>, Failure> {
+        let ([few, many], payload) = (rows::counts(rows), self.args.payload as usize);
+        let few = rows::Table::fill(&dsns[0], few.0, few.1, payload).await?;
+        let many = rows::Table::fill(&dsns[1], many.0, many.1, payload).await?;
+        let mut measured = Vec::new();
+        for tasks in [1, 64] {
+            let beside = rows::compare(&few, &many, tasks, self.args.rounds, self.args.round).await?;
+            measured.push(Measurement {
+                cycles_per_s: Some(round(beside.many, 1)),
+                floor_cycles_per_s: Some(round(beside.few, 1)),
+                ratio: Some(four_digits(beside.many / beside.few)),
+                ..self.waits("many_vs_few", beside.tasks, beside.waits)
+            });
+        }
+        let rows::Collecting { tasks, freed, before, during, batches } = rows::collect(&many).await?;
+        if freed < u64::from(rows.get() / 10) {
+            return Err(Failure::no("collecting left behind what had expired"));
+        }
+        let longest = |round: &Round| round.waits.iter().max().map_or_else(Vec::new, |wait| vec![*wait]);
+        let (before_longest, during_longest) = (longest(&before), longest(&during));
+        measured.push(Measurement {
+            cycles_per_s: Some(round(during.cycles_per_s(), 1)),
+            floor_cycles_per_s: Some(round(before.cycles_per_s(), 1)),
+            ratio: Some(four_digits(during.cycles_per_s() / before.cycles_per_s())),
+            ..self.waits("during_gc_vs_before", tasks, during.waits)
+        });
+        measured.push(self.waits("longest_before_gc", tasks, before_longest));
+        measured.push(self.waits("longest_during_gc", tasks, during_longest));
+        measured.push(self.waits("gc_batch", 1, batches));
+        Ok(measured)
     }
 
     /// What runs beside ours on a SQL database.
@@ -361,6 +412,10 @@ impl Contender {
             }
         }
     }
+}
+
+fn is_sql(dsn: &str) -> session_core::Result<bool> {
+    Ok(SqlConfig::SCHEMES.contains(&Dsn::parse(dsn)?.scheme()))
 }
 
 /// Removes what the contenders have stored where nobody removes it as a whole.

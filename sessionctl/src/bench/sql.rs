@@ -118,6 +118,24 @@ impl PlainCycle {
     }
 }
 
+/// Drops the table of a DSN.
+pub(super) async fn drop_table(dsn: &str) -> Result<(), Failure> {
+    let config = SqlConfig::from_dsn(&Dsn::parse(dsn)?)?;
+    match &config.server {
+        SqlServer::Postgres(address) => {
+            postgres::Plain::connect(address, &config.table, 1).await.map_err(failed)?.drop_table().await?;
+        }
+        SqlServer::MySql(address) => {
+            mysql::Plain::connect(address, &config.table, 1).await.map_err(failed)?.drop_table().await?;
+        }
+        SqlServer::Sqlite(path) => {
+            sqlite::Plain::open(path, &config.table, false).and_then(|plain| plain.drop_table()).map_err(failed)?;
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
 /// Whether an acknowledged save of ours is on the disk, which plain programs and peers are then asked for, too.
 pub(super) fn synced(dsn: &str) -> session_core::Result<bool> {
     Ok(Dsn::parse(dsn)?.option("durability") != Some("none"))

@@ -104,6 +104,60 @@ mod sqlite {
     super::every_command!(Sqlite, &[], None);
 }
 
+mod postgres {
+    use conformance_tests::servers::Postgres;
+
+    impl super::Database for Postgres {
+        fn start() -> Self {
+            Self::start(&[]).unwrap()
+        }
+
+        fn dsn(&self, options: &str) -> String {
+            format!("{}?create=on&timeout=20s&connect_timeout=20s{options}", self.url())
+        }
+
+        fn password(&self) -> Option<&str> {
+            Some(super::PASSWORD)
+        }
+
+        fn rows(&self) -> u64 {
+            self.query("SELECT count(*) FROM sessions").unwrap()[0][0].parse().unwrap()
+        }
+    }
+
+    super::every_command!(Postgres, &super::OVER_A_SERVER, Some(2));
+}
+
+mod mariadb {
+    use conformance_tests::servers::MariaDb;
+
+    impl super::Database for MariaDb {
+        fn start() -> Self {
+            Self::start(&[]).unwrap()
+        }
+
+        fn dsn(&self, options: &str) -> String {
+            format!("{}?create=on&timeout=20s&connect_timeout=20s{options}", self.url())
+        }
+
+        fn password(&self) -> Option<&str> {
+            Some(super::PASSWORD)
+        }
+
+        fn rows(&self) -> u64 {
+            self.query("SELECT count(*) FROM sessionkit.sessions").unwrap()[0][0].parse().unwrap()
+        }
+    }
+
+    super::every_command!(MariaDb, &super::OVER_A_SERVER, Some(2));
+}
+
+/// That of the servers of the tests.
+const PASSWORD: &str = "conformance";
+
+/// A case that only a server can be held to, and its suite.
+const OVER_A_SERVER: [(&str, &str); 1] = [("one_flight", "trips")];
+
 fn values(database: &impl Database) {
     let id = new_id();
     assert_eq!(database.run("set", &[&id, "name", r#""Ada""#]).text(), "stored in a new session");

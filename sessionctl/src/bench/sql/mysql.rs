@@ -57,6 +57,7 @@ pub(super) struct Plain {
     write: SqlStr,
     fill: SqlStr,
     remove: SqlStr,
+    drop: SqlStr,
 }
 
 fn sql(text: &str) -> SqlStr {
@@ -89,7 +90,8 @@ impl Plain {
             .map(|text| text.replace("{t}", &table).replace("{now}", NOW));
         let open = open.replace("{lease}", &millis(LEASE).to_string()).replace("{owner}", &literal(owner().as_bytes()));
         let [save, read, write, fill, remove] = [save, read, write, fill, remove].map(|text| sql(&text));
-        Ok(Self { lines: Lines::new(connections), open, save, read, write, fill, remove })
+        let drop = sql(&format!("DROP TABLE {table}"));
+        Ok(Self { lines: Lines::new(connections), open, save, read, write, fill, remove, drop })
     }
 
     pub(super) async fn fill(&self, keys: &[String], data: &[u8]) -> Result<()> {
@@ -148,6 +150,12 @@ impl Plain {
             let remove = sqlx::query(self.remove.clone()).bind(key.as_bytes());
             remove.execute(self.lines.take().await.connection()).await.map_err(failed)?;
         }
+        Ok(())
+    }
+
+    pub(super) async fn drop_table(&self) -> Result<()> {
+        let drop = sqlx::query(self.drop.clone());
+        drop.execute(self.lines.take().await.connection()).await.map_err(failed)?;
         Ok(())
     }
 }

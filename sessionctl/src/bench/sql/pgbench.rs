@@ -1,7 +1,7 @@
 //! pgbench with the SQL of the plain program that locks: what the server gives to a client in C.
 
 use std::path::PathBuf;
-use std::process::{Output, Stdio};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -15,8 +15,11 @@ use super::{LEASE, TTL, endpoint, failed, millis, owner};
 use crate::bench::Round;
 use crate::failure::Failure;
 
-/// Cycles of a client in the first run, after which there are as many as fit.
+/// Cycles of a client in a run at least.
 const FIRST: u64 = 20;
+
+/// What does not count of these: each run connects anew and prepares its statements in the first, where ours has done so before.
+const WARM: u32 = 4;
 
 /// The most bytes of a payload, which is an argument of a statement in text.
 pub(crate) const LARGEST: usize = 64 << 10;
@@ -76,20 +79,15 @@ impl Pgbench {
         let ran = command.current_dir(self.directory.path()).stdin(Stdio::null()).kill_on_drop(true).output().await;
         let ran = ran.map_err(Failure::local("run pgbench"))?;
         let waits = self.waits()?;
-        let Some(rate) = rate(&ran).filter(|_| ran.status.success() && !waits.is_empty()) else {
+        if !ran.status.success() || waits.is_empty() {
             return Err(Failure::no("pgbench did not do what it was told"));
-        };
-        #[expect(
-            clippy::cast_precision_loss,
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "a count of cycles"
-        )]
-        let (took, fit) =
-            (Duration::from_secs_f64(waits.len() as f64 / rate), (rate * length.as_secs_f64() / clients as f64) as u64);
-        self.cycles.store(fit.max(2), Ordering::Relaxed);
+        }
+        // Each client does one cycle after the other.
+        let took = waits.iter().map(|wait| u64::from(*wait)).sum::<u64>().max(1) / clients as u64;
+        let fit = u64::try_from(length.as_nanos()).unwrap_or(u64::MAX).saturating_mul(cycles) / took.max(1);
+        self.cycles.store(fit.clamp(FIRST, 100_000), Ordering::Relaxed);
         let began = Instant::now();
-        Ok(Round { ran: (began, began + took), waits })
+        Ok(Round { ran: (began, began + Duration::from_nanos(took)), waits })
     }
 
     /// Reads how long each cycle took, and clears up.
@@ -100,9 +98,12 @@ impl Pgbench {
             let path = entry.map_err(failed())?.path();
             if path.file_name().is_some_and(|name| name != "script") {
                 let text = std::fs::read_to_string(&path).map_err(failed())?;
-                // Client, number, microseconds, …
-                let micros = text.lines().filter_map(|line| line.split(' ').nth(2)?.parse::<u32>().ok());
-                waits.extend(micros.map(|micros| micros.saturating_mul(1000)));
+                // Client, how many before, microseconds, …
+                let cycles = text.lines().filter_map(|line| {
+                    let mut numbers = line.split(' ').skip(1).map(str::parse::<u32>);
+                    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+                });
+                waits.extend(cycles.filter(|(before, _)| *before >= WARM).map(|(_, micros)| micros.saturating_mul(1000)));
                 std::fs::remove_file(&path).map_err(failed())?;
             }
         }
@@ -115,17 +116,12 @@ impl Pgbench {
     }
 }
 
-/// Cycles in a second, without the time that connecting took.
-fn rate(ran: &Output) -> Option<f64> {
-    let text = String::from_utf8_lossy(&ran.stdout);
-    let rate = text.lines().find_map(|line| line.strip_prefix("tps = "))?;
-    rate.split(' ').next()?.parse().ok().filter(|rate| *rate > 0.0)
-}
-
 /// Writes the two statements as pgbench reads them. It knows numbers and text, of which the server makes what is needed.
 fn script(table: &str, base: &str) -> String {
     let sixteen = |name: &str| format!("decode(lpad(to_hex(:{name}::int8), 32, '0'), 'hex')");
-    let (key, token) = (format!("('{base}' || :client_id)"), sixteen("token"));
+    // In digits, because it takes every word behind a colon for a variable, in quotes, too.
+    let base = base.bytes().fold(String::new(), |digits, byte| digits + &format!("{byte:02x}"));
+    let (key, token) = (format!("(convert_from('\\x{base}', 'UTF8') || :client_id)"), sixteen("token"));
     let fill = |text: &str, values: [&str; 6]| {
         let filled = filled(text, &quoted(table));
         values.iter().enumerate().fold(filled, |text, (n, value)| text.replace(&format!("${}", n + 1), value))
@@ -145,6 +141,9 @@ mod tests {
     fn the_script_has_a_value_in_every_place() {
         let script = script("app.sessions", "p:id-");
         assert!(!script.contains('$') && !script.contains('{'), "{script}");
-        assert!(script.contains("\"app\".\"sessions\"") && script.contains("('p:id-' || :client_id)"), "{script}");
+        assert!(
+            script.contains("\"app\".\"sessions\"") && script.contains("'\\x703a69642d'") && !script.contains("p:id"),
+            "{script}"
+        );
     }
 }

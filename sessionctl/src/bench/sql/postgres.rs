@@ -153,4 +153,10 @@ impl Plain {
         remove.execute(self.lines.take().await.connection()).await.map_err(failed)?;
         Ok(())
     }
+
+    pub(super) async fn drop_table(&self) -> Result<()> {
+        let drop = sqlx::query(sql("DROP TABLE {t}", &self.table));
+        drop.execute(self.lines.take().await.connection()).await.map_err(failed)?;
+        Ok(())
+    }
 }

@@ -40,6 +40,7 @@ pub(super) struct Plain {
     write: String,
     fill: String,
     remove: String,
+    drop: String,
 }
 
 impl Plain {
@@ -50,7 +51,8 @@ impl Plain {
         connection.pragma_update(None, "journal_mode", "wal")?;
         let [open, save, read, write, fill, remove] = [OPEN, SAVE, READ, WRITE, FILL, "DELETE FROM {t} WHERE id = ?1"]
             .map(|text| text.replace("{t}", &format!("\"{table}\"")).replace("{now}", NOW));
-        Ok(Self { connection: Mutex::new(connection), synced, open, save, read, write, fill, remove })
+        let drop = format!("DROP TABLE \"{table}\"");
+        Ok(Self { connection: Mutex::new(connection), synced, open, save, read, write, fill, remove, drop })
     }
 
     pub(super) fn fill(&self, keys: &[String], data: &[u8]) -> std::result::Result<(), rusqlite::Error> {
@@ -119,5 +121,10 @@ impl Plain {
             connection.execute(&self.remove, [key])?;
         }
         Ok(())
+    }
+
+    pub(super) fn drop_table(&self) -> Result<()> {
+        let connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        connection.execute_batch(&self.drop)
     }
 }

@@ -1,0 +1,19 @@
+//! Starts a PostgreSQL and a MariaDB server of its own, says where they are, one DSN a line, and ends with them when stdin ends.
+//!
+//! For measuring, and for trying something out: what a commit has acknowledged is on the disk.
+
+use std::io::{self, Read};
+
+use conformance_tests::servers::{MariaDb, Postgres};
+
+fn main() -> io::Result<()> {
+    let postgres = Postgres::start(&["fsync = on", "full_page_writes = on", "autovacuum = on", "shared_buffers = 256MB"])?;
+    let mariadb = MariaDb::start(&[
+        "innodb_flush_log_at_trx_commit = 1",
+        "innodb_flush_method = O_DIRECT",
+        "innodb_buffer_pool_size = 256M",
+        "innodb_log_file_size = 96M",
+    ])?;
+    println!("{}\n{}", postgres.url(), mariadb.url());
+    io::stdin().read_to_end(&mut Vec::new()).map(drop)
+}
