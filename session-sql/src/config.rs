@@ -21,7 +21,12 @@ pub enum SqlServer {
     Postgres(SqlAddress),
     /// MySQL or MariaDB.
     MySql(SqlAddress),
-    /// SQLite, in this file.
+    /// SQLite, in the file at this absolute path, on a **local file system only**.
+    ///
+    /// The file may be the application's own database; it is made to keep a write-ahead log if it does not yet. A new one is for
+    /// its owner alone. Beside it stand that log (`-wal`), its index (`-shm`) and an empty file (`-turn`) by which processes take
+    /// turns in writing, and see (on Linux) which of them have ended: the locks of a killed one are free within half a second. None
+    /// of them may be removed while the database is in use.
     Sqlite(PathBuf),
 }
 
@@ -201,7 +206,7 @@ impl SqlConfig {
     /// | `postgres://user:password@host:5432/app?table=sessions` | PostgreSQL |
     /// | `postgres:///app?socket=/run/postgresql` | PostgreSQL on this machine, by its socket |
     /// | `mysql://user:password@host:3306/app` | MySQL or MariaDB |
-    /// | `sqlite:///var/lib/app/sessions.db` | SQLite |
+    /// | `sqlite:///var/lib/app/sessions.db?durability=data` | SQLite |
     ///
     /// # Errors
     /// [`Config`](ErrorKind::Config) that names what is not accepted and lists what is.
@@ -220,6 +225,9 @@ impl SqlConfig {
             "sqlite" => {
                 if !dsn.hosts().is_empty() || dsn.path().len() < 2 || dsn.user().is_some() {
                     return Err(config("write three slashes and the path of the file: sqlite:///var/lib/app/sessions.db"));
+                }
+                if dsn.option("socket").is_some() {
+                    return Err(config("socket= is of database servers; SQLite has none"));
                 }
                 SqlServer::Sqlite(dsn.path().into())
             }
@@ -438,11 +446,33 @@ fn config(message: impl Into<Cow<'static, str>>) -> Error {
 mod tests {
     use super::*;
 
+    fn parse(text: &str) -> Result<SqlConfig> {
+        SqlConfig::from_dsn(&Dsn::parse(text)?)
+    }
+
     #[test]
-    fn sqlite_says_why_it_holds_no_transaction() {
-        let dsn = Dsn::parse("sqlite:///tmp/sessions.db?lock=transaction").unwrap();
-        let refused = SqlConfig::from_dsn(&dsn).unwrap_err();
-        assert_eq!(refused.kind(), ErrorKind::Config);
-        assert!(refused.to_string().contains("lock every session"), "{refused}");
+    fn a_power_cut_takes_no_session_of_sqlite_unless_that_is_asked_for() {
+        assert_eq!(parse("sqlite:///srv/s.db").unwrap().durability, Durability::Data);
+        let config = parse("sqlite:///srv/s.db?durability=none&table=main.visits&create=on&connections=3").unwrap();
+        assert_eq!(config.durability, Durability::None);
+        assert_eq!((config.table.as_str(), config.create, config.connections), ("main.visits", true, 3));
+        assert_eq!(config.server, SqlServer::Sqlite("/srv/s.db".into()));
+    }
+
+    #[test]
+    fn what_sqlite_does_not_have_is_refused_by_name() {
+        for (text, said) in [
+            ("sqlite:///srv/s.db?durability=full", "none, data"),
+            ("sqlite:///srv/s.db?socket=/run", "socket="),
+            ("sqlite:///srv/s.db?lock=transaction", "lock every session"),
+            ("sqlite://srv/s.db", "three slashes"),
+            ("sqlite://", "three slashes"),
+            ("sqlite:///srv/s.db?table=a.b.c", "table="),
+            ("sqlite:///srv/s.db?connections=0", "connections"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Config, "{text}");
+            assert!(error.to_string().contains(said), "{text}: {error}");
+        }
     }
 }

@@ -84,3 +84,37 @@ impl<T> Drop for Caller<T> {
         self.withdraw();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn whoever_goes_before_it_has_begun_has_asked_for_nothing() {
+        let (request, caller) = request::<()>(Duration::from_secs(1));
+        drop(caller);
+        assert!(request.is_withdrawn() && !request.start());
+    }
+
+    #[tokio::test]
+    async fn only_what_has_not_begun_in_time_has_certainly_not_happened() {
+        let (waiting, caller) = request::<()>(Duration::ZERO);
+        let failure = caller.answer().await.unwrap_err();
+        assert_eq!((failure.kind, failure.sent), (ErrorKind::Unavailable, false));
+        assert!(!waiting.start());
+        let (begun, caller) = request::<()>(Duration::ZERO);
+        assert!(begun.start());
+        assert!(caller.answer().await.unwrap_err().sent);
+        // It may be begun anew, in another transaction, and is told to nobody.
+        assert!(begun.start());
+        begun.tell(Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_ends_does_not_leave_anybody_waiting() {
+        let (request, caller) = request::<()>(Duration::from_secs(3600));
+        assert!(request.start());
+        drop(request);
+        assert!(caller.answer().await.unwrap_err().sent);
+    }
+}

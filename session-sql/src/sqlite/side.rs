@@ -144,3 +144,28 @@ pub(super) fn beside(database: &Path, process: Option<i64>) -> Option<Side> {
     name.push(ENDING);
     Side::open(&database.with_file_name(name), process)
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_comes_first_is_first_and_whoever_goes_is_gone() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let database = dir.path().join("s.db");
+        let [mut first, mut second, last] = [7, -7, i64::MAX].map(|process| beside(&database, Some(process)).unwrap());
+        assert!(!last.is_gone(7) && !last.is_gone(-7) && !first.is_gone(i64::MAX));
+        assert!(last.is_gone(8));
+        assert!(!last.is_line());
+        first.line_up();
+        second.line_up();
+        assert!(last.is_line() && second.is_line() && first.is_line());
+        assert!(first.is_first() && !second.is_first());
+        first.leave();
+        assert!(second.is_first() && !second.is_line() && last.is_line());
+        drop(second);
+        assert!(!last.is_line() && last.is_gone(-7) && !last.is_gone(7));
+        let again = beside(&database, Some(7));
+        assert!(again.is_none(), "one number is of one handler");
+    }
+}

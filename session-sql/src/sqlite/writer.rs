@@ -25,8 +25,10 @@ use crate::database::Failure;
 const MEMBERS: usize = 64;
 const BYTES: usize = 256 << 10;
 
-/// The first and the longest pause before the file is asked for again that somebody else is writing.
-const PAUSES: (Duration, Duration) = (Duration::from_micros(100), Duration::from_millis(2));
+/// The shortest and the longest pause before the first in line asks again for a file that somebody else is writing, and how long
+/// those behind him wait before they look whether they are first.
+const FIRST: (Duration, Duration) = (Duration::from_micros(100), Duration::from_millis(2));
+const BEHIND: Duration = Duration::from_micros(300);
 
 /// Says what a request does in its transaction. It may be run again, in another one, if the first came to nothing.
 trait Work<T>: FnMut(&Turn<'_>) -> rusqlite::Result<T> + Send + 'static {}
@@ -233,18 +235,22 @@ impl Thread {
         if let Some(side) = &mut self.side {
             side.line_up();
         }
-        let mut pause = PAUSES.0;
+        let mut pause = FIRST.0;
         loop {
             let rest = deadline.saturating_duration_since(Instant::now());
-            if rest.is_zero() || self.side.as_ref().is_none_or(Side::is_first) {
+            let first = self.side.as_ref().is_none_or(Side::is_first);
+            if first || rest.is_zero() {
                 match self.try_begin(lasting) {
                     Err(Trouble::Sqlite(error)) if place::is_busy(&error) && !rest.is_zero() => {}
                     began => return began,
                 }
             }
             // Nothing has begun, so nothing is lost by waiting. Two who have met once do not meet again after the same time.
-            thread::sleep(pause.mul_f64(0.5 + self.chance.next()).min(rest));
-            pause = (pause * 2).min(PAUSES.1);
+            let about = if first { pause } else { BEHIND };
+            thread::sleep(about.mul_f64(0.5 + self.chance.next()).min(rest));
+            if first {
+                pause = pause.mul_f64(1.25).min(FIRST.1);
+            }
         }
     }
 
