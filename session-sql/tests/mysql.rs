@@ -10,12 +10,19 @@ use conformance_tests::Harness;
 use conformance_tests::servers::MariaDb;
 use session_core::{Dsn, Error, ErrorKind, Result, SessionHandler, SessionLock};
 use session_sql::{SqlConfig, SqlHandler, SqlLock, SqlServer};
+use sqlx::mysql::{MySqlConnectOptions, MySqlPoolOptions};
 
 /// Ends with this process.
 static SERVER: OnceLock<MariaDb> = OnceLock::new();
 
 /// One table for each namespace, on the server of the test.
-struct Tables(fn(SqlConfig) -> SqlConfig);
+#[derive(Clone, Copy)]
+enum Tables {
+    Plain,
+    Strict,
+    /// Over connections of the application.
+    Pooled,
+}
 
 impl Tables {
     fn config(&self, namespace: &str) -> Result<SqlConfig> {
@@ -38,17 +45,36 @@ impl Tables {
         };
         let config = SqlConfig::from_dsn(&Dsn::parse(&url)?)?.with_table(namespace).with_create(true);
         // A busy machine takes its time; no case waits for these to pass.
-        Ok((self.0)(config.with_timeout(Duration::from_secs(20)).with_connect_timeout(Duration::from_secs(20))))
+        let config = config.with_timeout(Duration::from_secs(20)).with_connect_timeout(Duration::from_secs(20));
+        Ok(config.with_strict_expiry(matches!(self, Self::Strict)))
+    }
+
+    async fn connect(&self, namespace: &str) -> Result<SqlHandler> {
+        let config = self.config(namespace)?;
+        let (Self::Pooled, SqlServer::MySql(address)) = (self, &config.server) else {
+            return SqlHandler::connect(config).await;
+        };
+        let options = MySqlConnectOptions::new().host(&address.host).port(address.port).database(&address.database);
+        let options = options.username(address.user.as_deref().unwrap_or_default());
+        let options = options.password(address.password.as_deref().unwrap_or_default());
+        SqlHandler::from_mysql_pool(MySqlPoolOptions::new().max_connections(3).connect_lazy_with(options), config).await
     }
 }
 
 impl Harness for Tables {
     async fn handler(&self, namespace: &str) -> Result<Arc<dyn SessionHandler>> {
-        Ok(Arc::new(SqlHandler::connect(self.config(namespace)?).await?))
+        Ok(Arc::new(self.connect(namespace).await?))
     }
 
     async fn lock(&self, namespace: &str) -> Result<Arc<dyn SessionLock>> {
-        Ok(Arc::new(SqlLock::connect(self.config(namespace)?).await?))
+        match self {
+            Self::Pooled => Ok(Arc::new(self.connect(namespace).await?.lock())),
+            Self::Plain | Self::Strict => Ok(Arc::new(SqlLock::connect(self.config(namespace)?).await?)),
+        }
+    }
+
+    fn strict_expiry(&self) -> bool {
+        matches!(self, Self::Strict)
     }
 
     fn server(&self) -> Option<String> {
@@ -69,19 +95,36 @@ impl Harness for Tables {
     }
 }
 
-fn tables() -> Tables {
-    Tables(|config| config)
+conformance_tests::handler_suite!(Tables::Plain);
+conformance_tests::lock_suite!(Tables::Plain);
+conformance_tests::fence_suite!(Tables::Plain);
+conformance_tests::expiry_suite!(Tables::Plain);
+conformance_tests::optimistic_suite!(Tables::Plain);
+conformance_tests::race_suite!(Tables::Plain);
+conformance_tests::cancel_suite!(Tables::Plain);
+conformance_tests::hostile_suite!(Tables::Plain);
+conformance_tests::admin_suite!(Tables::Plain);
+conformance_tests::sessions_suite!(Tables::Plain);
+conformance_tests::trips_suite!(Tables::Plain);
+conformance_tests::processes_suite!(Tables::Plain);
+
+mod strict {
+    use super::*;
+
+    conformance_tests::fence_suite!(Tables::Strict);
+    conformance_tests::expiry_suite!(Tables::Strict);
+    conformance_tests::optimistic_suite!(Tables::Strict);
 }
 
-conformance_tests::handler_suite!(tables());
-conformance_tests::lock_suite!(tables());
-conformance_tests::fence_suite!(tables());
-conformance_tests::expiry_suite!(tables());
-conformance_tests::optimistic_suite!(tables());
-conformance_tests::race_suite!(tables());
-conformance_tests::cancel_suite!(tables());
-conformance_tests::hostile_suite!(tables());
-conformance_tests::admin_suite!(tables());
-conformance_tests::sessions_suite!(tables());
-conformance_tests::trips_suite!(tables());
-conformance_tests::processes_suite!(tables());
+mod pooled {
+    use super::*;
+
+    conformance_tests::handler_suite!(Tables::Pooled);
+    conformance_tests::lock_suite!(Tables::Pooled);
+    conformance_tests::fence_suite!(Tables::Pooled);
+    conformance_tests::expiry_suite!(Tables::Pooled);
+    conformance_tests::optimistic_suite!(Tables::Pooled);
+    conformance_tests::race_suite!(Tables::Pooled);
+    conformance_tests::cancel_suite!(Tables::Pooled);
+    conformance_tests::admin_suite!(Tables::Pooled);
+}

@@ -84,8 +84,15 @@ impl Anchor {
             return;
         }
         *self.options.lock().unwrap_or_else(PoisonError::into_inner) = Some(link.options());
-        let keeper = Keeper(Arc::downgrade(self));
+        let keeper = Keeper { anchor: Arc::downgrade(self), broke: self.broke.clone() };
         runtime.spawn(async move { keeper.keep().await });
+    }
+}
+
+impl Drop for Anchor {
+    fn drop(&mut self) {
+        // Whoever keeps the lock for nobody lets go of it now.
+        self.broke.notify_one();
     }
 }
 
@@ -96,19 +103,22 @@ impl fmt::Debug for Anchor {
 }
 
 /// Keeps the lock from a task. If its runtime ends, the next opener starts another.
-struct Keeper(Weak<Anchor>);
+struct Keeper {
+    anchor: Weak<Anchor>,
+    broke: Arc<Notify>,
+}
 
 impl Keeper {
     async fn keep(&self) {
         let mut failures = 0;
         let mut first = true;
-        while let Some(anchor) = self.0.upgrade() {
+        while let Some(anchor) = self.anchor.upgrade() {
             let process = anchor.process;
             let options = anchor.options.lock().unwrap_or_else(PoisonError::into_inner).clone();
             drop(anchor);
             let Some(options) = options else { return };
             if let Ok(Some(mut connection)) = tokio::time::timeout(LIMIT, take(&options, process)).await {
-                let Some(anchor) = self.0.upgrade() else { return };
+                let Some(anchor) = self.anchor.upgrade() else { return };
                 let grace = if first { Duration::ZERO } else { GRACE };
                 let from = (anchor.began.elapsed() + grace).as_millis();
                 anchor.from.store(i64::try_from(from).unwrap_or(i64::MAX), Ordering::Release);
@@ -127,18 +137,9 @@ impl Keeper {
     /// Returns when the connection is gone, or whoever wanted it.
     async fn watch(&self, connection: &mut sqlx::MySqlConnection) {
         loop {
-            let Some(anchor) = self.0.upgrade() else { return };
-            // Without the value, so that it can end meanwhile.
-            let weak = Arc::downgrade(&anchor);
-            drop(anchor);
-            let mut rest = BEAT;
-            while !rest.is_zero() {
-                let step = rest.min(Duration::from_millis(250));
-                let Some(anchor) = weak.upgrade() else { return };
-                if tokio::time::timeout(step, anchor.broke.notified()).await.is_ok() {
-                    break;
-                }
-                rest -= step;
+            let _ = tokio::time::timeout(BEAT, self.broke.notified()).await;
+            if self.anchor.strong_count() == 0 {
+                return;
             }
             if !matches!(tokio::time::timeout(LIMIT, connection.ping()).await, Ok(Ok(()))) {
                 return;
@@ -147,7 +148,7 @@ impl Keeper {
     }
 
     fn lost(&self) {
-        if let Some(anchor) = self.0.upgrade() {
+        if let Some(anchor) = self.anchor.upgrade() {
             anchor.held.store(false, Ordering::Release);
         }
     }
@@ -156,7 +157,7 @@ impl Keeper {
 impl Drop for Keeper {
     fn drop(&mut self) {
         self.lost();
-        if let Some(anchor) = self.0.upgrade() {
+        if let Some(anchor) = self.anchor.upgrade() {
             anchor.running.store(false, Ordering::Release);
         }
     }

@@ -514,12 +514,12 @@ const READ: [&str; 13] = [
 ];
 
 fn over_columns() -> String {
-    format!("{},want_process,data IS NOT NULL AS stored", READ.join(","))
+    format!("{},want_process,data IS NOT NULL AS filled", READ.join(","))
 }
 
 /// Turns an expression about the columns of a row, and what a statement is given, into one about `l` and `r`.
 fn over(text: &str) -> String {
-    let text = text.replace("data IS NOT NULL", "l.stored");
+    let text = text.replace("data IS NOT NULL", "l.filled");
     let (mut over, mut rest) = (String::new(), &*text);
     while let Some(start) = rest.find(|c: char| c.is_ascii_alphabetic() || c == ':' || c == '\'') {
         let (before, word) = rest.split_at(start);
