@@ -258,6 +258,30 @@ async fn a_table_that_is_somebody_elses_is_refused_and_left_alone() {
 }
 
 #[tokio::test]
+async fn a_row_that_nobody_of_ours_wrote_is_corrupt_and_left_alone() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("sessions.db");
+    let handler = connect(&path).await;
+    let [id, other] = [id(), id()];
+    for id in [&id, &other] {
+        create(&handler, id, b"data").await;
+    }
+    let program = Connection::open(&path).unwrap();
+    let short = "UPDATE sessions SET write_id = x'0102', lock_token = x'03' WHERE id = ?1";
+    assert_eq!(program.execute(short, [id.as_str()]).unwrap(), 1);
+    for request in [exclusive(), OpenRequest::read_only()] {
+        let error = handler.open(&id, &request).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error:?}");
+        keeps_secret(&error, &id);
+    }
+    let left: (Vec<u8>, Vec<u8>) = program
+        .query_row("SELECT write_id, data FROM sessions WHERE id = ?1", [id.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))
+        .unwrap();
+    assert_eq!(left, (vec![1, 2], b"data".to_vec()));
+    assert_eq!(view(&handler, &other).await.unwrap().unwrap(), b"data");
+}
+
+#[tokio::test]
 async fn while_another_program_writes_for_long_reading_goes_on_and_saves_may_be_repeated() {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("sessions.db");
