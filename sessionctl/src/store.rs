@@ -149,7 +149,8 @@ impl Stores {
     }
 
     /// Removes the sessions of the store `name`, as far as a contract allows that knows no store to remove as a whole: what is
-    /// listed is destroyed. Traces, and locks of the dead, expire. A directory goes with its place.
+    /// listed is destroyed. Traces, and locks of the dead, expire; a database frees their rows with its next gc, which is not called
+    /// for them here, as it would go through everybody's sessions. A directory goes with its place.
     ///
     /// # Errors
     /// Those of the store.

@@ -82,6 +82,8 @@ fn ci(steps: &mut Steps, root: &Path) -> Result<(), Failure> {
     steps.prints_nothing("no bincode by default", &cargo("tree --workspace --edges normal --invert bincode --locked"))?;
     tools::install_cargo_tool(steps, CargoTool::Deny)?;
     steps.run("deny", &cargo("deny --workspace --locked check bans licenses sources"))?;
+    let peers = cargo("deny --manifest-path peers/Cargo.toml --config deny.toml --locked check licenses sources");
+    steps.run("deny peers", &peers.arg("--allow").arg("license-not-encountered"))?;
     tools::install_cargo_tool(steps, CargoTool::Audit)?;
     steps.run("audit", &audit(root))
 }
