@@ -22,8 +22,10 @@ use tokio::time::timeout;
 const IDLE: Duration = Duration::from_secs(240);
 
 /// What is done to a new connection.
-pub(crate) type Setup<D> =
-    for<'c> fn(&'c mut <D as Database>::Connection) -> Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'c>>;
+type Setup<D> = dyn for<'c> Fn(&'c mut <D as Database>::Connection) -> SettingUp<'c> + Send + Sync;
+
+/// It being done.
+pub(crate) type SettingUp<'c> = Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'c>>;
 
 type Options<D> = <<D as Database>::Connection as Connection>::Options;
 
@@ -36,7 +38,7 @@ pub(crate) enum Connections<D: Database> {
 /// At most so many connections, made when they are needed.
 pub(crate) struct Own<D: Database> {
     options: Options<D>,
-    setup: Setup<D>,
+    setup: Box<Setup<D>>,
     patience: Duration,
     permits: Semaphore,
     /// Those without work, the one used last at the end.
@@ -45,8 +47,13 @@ pub(crate) struct Own<D: Database> {
 
 impl<D: Database> Connections<D> {
     /// Makes no connection yet. `patience` is how long to wait for one, made or free.
-    pub(crate) fn new(options: Options<D>, setup: Setup<D>, count: u32, patience: Duration) -> Self {
-        let permits = Semaphore::new(count as usize);
+    pub(crate) fn new(
+        options: Options<D>,
+        setup: impl for<'c> Fn(&'c mut D::Connection) -> SettingUp<'c> + Send + Sync + 'static,
+        count: u32,
+        patience: Duration,
+    ) -> Self {
+        let (permits, setup) = (Semaphore::new(count as usize), Box::new(setup));
         Self::Own(Own { options, setup, patience, permits, idle: Mutex::default() })
     }
 

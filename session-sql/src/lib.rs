@@ -12,7 +12,7 @@ compile_error!("session-sql needs at least one of its features postgres, mysql a
 mod admin;
 mod batches;
 mod config;
-#[cfg(feature = "postgres")]
+#[cfg(any(feature = "postgres", feature = "mysql"))]
 mod connections;
 mod database;
 mod handler;

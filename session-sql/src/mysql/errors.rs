@@ -38,6 +38,9 @@ pub(super) fn lending(error: Error) -> Failure {
     match error {
         Error::PoolTimedOut => Failure::new(ErrorKind::Unavailable, "no connection was free in time"),
         Error::PoolClosed => Failure::new(ErrorKind::Unavailable, "the pool of connections is closed"),
+        Error::Io(error) if error.kind() == std::io::ErrorKind::TimedOut => {
+            Failure::new(ErrorKind::Unavailable, "no connection was made in time")
+        }
         other => connecting(other),
     }
 }

@@ -1,27 +1,23 @@
-//! Connections: kept from one request to the next, or lent by a pool of the application.
+//! How statements are sent, and what is given to them: alone and prepared, several as one text, or one after the other.
 //!
-//! A pool of sqlx sends a ping after each use, which would make two trips of each; so our own connections stand in a pile of ours.
-//! What is asked is cut into statements, and nothing here knows what they mean.
+//! Nothing here knows what they mean.
 
 use std::fmt;
 use std::pin::pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_core::Stream;
 use session_core::ErrorKind;
-use sqlx::mysql::{MySqlConnectOptions, MySqlPool, MySqlRow};
-use sqlx::pool::PoolConnection;
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Either, Executor, MySql, MySqlConnection};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use sqlx::mysql::{MySqlConnectOptions, MySqlPool, MySqlQueryResult, MySqlRow};
+use sqlx::{AssertSqlSafe, ConnectOptions, Either, Executor, MySql, MySqlConnection, Row};
+use tokio::sync::Notify;
 
 use super::errors;
 use super::texts::{Param, Text};
+use crate::connections::{Connections, SettingUp};
 use crate::database::Failure;
-
-/// After such a rest the server may have closed a connection, which is found out before something is asked over it.
-const REST: Duration = Duration::from_secs(10);
 
 /// What one statement has beside the values that it is given.
 const ROOM: usize = 4096;
@@ -92,58 +88,53 @@ pub(super) struct Answer {
 
 /// Where statements are sent.
 pub(super) struct Link {
-    from: From,
+    connections: Connections<MySql>,
     timeout: Duration,
     /// The longest packet that the server takes.
-    pub(super) packet: AtomicUsize,
+    pub(super) packet: Arc<AtomicUsize>,
     /// Told when a connection has broken.
     pub(super) broke: Arc<Notify>,
 }
 
-enum From {
-    Own(Arc<Pile>),
-    Lent(MySqlPool),
-}
-
 impl Link {
     pub(super) fn own(options: MySqlConnectOptions, count: u32, timeout: Duration, connect_timeout: Duration) -> Self {
-        let pile = Pile {
-            options: prepared(options),
-            limit: connect_timeout,
-            patience: timeout.as_secs().saturating_sub(1).max(1),
-            slots: Arc::new(Semaphore::new(count as usize)),
-            idle: Mutex::default(),
-        };
-        Self { from: From::Own(Arc::new(pile)), timeout, packet: AtomicUsize::new(usize::MAX), broke: Arc::default() }
+        let packet = Arc::new(AtomicUsize::new(usize::MAX));
+        // The server gives up a row first, and says so, while we still listen.
+        let patience = timeout.as_secs().saturating_sub(1).max(1);
+        let known = packet.clone();
+        let connections = Connections::new(
+            plain(options),
+            move |connection: &mut MySqlConnection| set_up(connection, known.clone(), patience),
+            count,
+            connect_timeout,
+        );
+        Self { connections, timeout, packet, broke: Arc::default() }
     }
 
     pub(super) fn lent(pool: MySqlPool, timeout: Duration) -> Self {
-        Self { from: From::Lent(pool), timeout, packet: AtomicUsize::new(usize::MAX), broke: Arc::default() }
+        let packet = Arc::new(AtomicUsize::new(usize::MAX));
+        Self { connections: Connections::Shared(pool), timeout, packet, broke: Arc::default() }
     }
 
     /// Returns how to make a connection beside the others.
     pub(super) fn options(&self) -> MySqlConnectOptions {
-        match &self.from {
-            From::Own(pile) => pile.options.clone(),
-            From::Lent(pool) => prepared((*pool.connect_options()).clone()),
-        }
+        plain(self.connections.options())
     }
 
     /// Whether what is asked in one flight may be of several statements; over a pool that is not ours each is a trip of its own, so
     /// that no value ever stands in a text that somebody else may log.
     pub(super) fn flies(&self) -> bool {
-        matches!(self.from, From::Own(_))
+        matches!(self.connections, Connections::Own(_))
+    }
+
+    /// Whether a text of so many bytes is small enough for the server.
+    pub(super) fn takes(&self, bytes: usize) -> bool {
+        bytes.saturating_add(ROOM) <= self.packet.load(Ordering::Relaxed)
     }
 
     /// Asks one statement, or several in one flight. The first that fails ends it.
     pub(super) async fn ask(&self, flight: &[&Text], given: &Given<'_>) -> Result<Vec<Answer>, Failure> {
-        let failed = |error| {
-            if !errors::leaves_usable(&error) {
-                self.broke.notify_one();
-            }
-            errors::asking(error)
-        };
-        self.try_ask(flight, given).await?.map_err(failed)
+        self.try_ask(flight, given).await?.map_err(errors::asking)
     }
 
     /// The same, with errors that the server answered with left as they are.
@@ -156,59 +147,57 @@ impl Link {
             let text = "the record is larger than max_allowed_packet of the database";
             return Err(Failure::new(ErrorKind::TooLarge, text));
         }
-        match &self.from {
-            From::Own(pile) => {
-                let mut lent = pile.lend(&self.packet).await?;
-                let asked = match flight {
-                    [text] => tokio::time::timeout(self.timeout, prepare(&mut lent.connection, text, given)).await,
-                    flight => {
-                        let text = written(flight.iter().map(|text| (*text, given)));
-                        tokio::time::timeout(self.timeout, fly(&mut lent.connection, text)).await
-                    }
-                };
-                lent.back(asked)
-            }
-            From::Lent(pool) => {
-                let mut lent = Borrowed { connection: pool.acquire().await.map_err(errors::lending)?, whole: false };
-                let asked = tokio::time::timeout(self.timeout, async {
+        let mut line = self.connections.take().await.map_err(errors::lending)?;
+        let asking = async {
+            let connection = line.connection();
+            match flight {
+                [text] if self.flies() => Ok(vec![prepare(connection, text, given).await?]),
+                flight if self.flies() => fly(connection, written(flight.iter().map(|text| (*text, given)))).await,
+                flight => {
                     // What the application may have left open would take our statements into it.
-                    lent.connection.execute("ROLLBACK").await?;
+                    connection.execute("ROLLBACK").await?;
                     let mut answers = Vec::with_capacity(flight.len());
                     for text in flight {
-                        answers.append(&mut prepare(&mut lent.connection, text, given).await?);
+                        answers.push(prepare(connection, text, given).await?);
                     }
                     Ok(answers)
-                });
-                let asked = asked.await.map_err(|_| errors::silent())?;
-                lent.whole = asked.as_ref().map_or_else(errors::leaves_usable, |_| true);
-                Ok(asked)
+                }
             }
+        };
+        let asked = tokio::time::timeout(self.timeout, asking).await.map_err(|_| errors::silent())?;
+        match &asked {
+            Err(error) if !errors::leaves_usable(error) => self.distrust(),
+            _ => line.give_back(),
         }
+        Ok(asked)
     }
 
     /// Sends a text whose values stand in it, which may be a transaction; only over connections of ours. One over which it failed is
     /// closed, and what it had begun ends with it.
     pub(super) async fn fly(&self, text: String) -> Result<Vec<Answer>, Failure> {
-        let From::Own(pile) = &self.from else {
+        if !self.flies() {
             return Err(Failure::unexpected("a batch was sent over a pool that is not ours"));
-        };
-        let mut lent = pile.lend(&self.packet).await?;
-        match tokio::time::timeout(self.timeout, fly(&mut lent.connection, text)).await {
-            Ok(Ok(answers)) => lent.back(Ok(Ok(answers)))?.map_err(errors::asking),
-            Ok(Err(error)) => {
+        }
+        let mut line = self.connections.take().await.map_err(errors::lending)?;
+        let asked = tokio::time::timeout(self.timeout, fly(line.connection(), text)).await;
+        match asked.map_err(|_| errors::silent())? {
+            Ok(answers) => {
+                line.give_back();
+                Ok(answers)
+            }
+            Err(error) => {
                 if !errors::leaves_usable(&error) {
-                    pile.idle().clear();
-                    self.broke.notify_one();
+                    self.distrust();
                 }
                 Err(errors::asking(error))
             }
-            Err(_) => Err(errors::silent()),
         }
     }
 
-    /// Whether a text of so many bytes is small enough for the server.
-    pub(super) fn takes(&self, bytes: usize) -> bool {
-        bytes.saturating_add(ROOM) <= self.packet.load(Ordering::Relaxed)
+    /// What broke one connection has broken the others, too: a server that went, a runtime that ended.
+    fn distrust(&self) {
+        self.connections.distrust();
+        self.broke.notify_one();
     }
 }
 
@@ -219,102 +208,29 @@ impl fmt::Debug for Link {
 }
 
 /// What every connection of ours has: no log of its statements, whose texts hold values, and nothing set in a trip of its own.
-fn prepared(options: MySqlConnectOptions) -> MySqlConnectOptions {
+fn plain(options: MySqlConnectOptions) -> MySqlConnectOptions {
     options.disable_statement_logging().set_names(false).timezone(None).pipes_as_concat(false).no_engine_substitution(false)
 }
 
-/// Our connections while nobody uses them, the last used on top.
-struct Pile {
-    options: MySqlConnectOptions,
-    /// How long to wait for a connection.
-    limit: Duration,
-    /// For how many seconds the server lets a statement wait for a row.
-    patience: u64,
-    slots: Arc<Semaphore>,
-    idle: Mutex<Vec<(MySqlConnection, Instant)>>,
-}
-
-impl Pile {
-    async fn lend(self: &Arc<Self>, packet: &AtomicUsize) -> Result<Lent, Failure> {
-        let lending = async {
-            let slot = self.slots.clone().acquire_owned().await.expect("it is never closed");
-            loop {
-                let Some((mut connection, since)) = self.idle().pop() else {
-                    return Ok(Lent { connection: self.connect(packet).await?, pile: self.clone(), _slot: slot });
-                };
-                if since.elapsed() < REST || connection.ping().await.is_ok() {
-                    return Ok(Lent { connection, pile: self.clone(), _slot: slot });
-                }
-            }
-        };
-        match tokio::time::timeout(self.limit, lending).await {
-            Ok(lent) => lent,
-            Err(_) => Err(Failure::new(ErrorKind::Unavailable, "no connection was made, and none was free, in time")),
-        }
-    }
-
-    async fn connect(&self, packet: &AtomicUsize) -> Result<MySqlConnection, Failure> {
-        let mut connection = self.options.connect().await.map_err(errors::connecting)?;
-        let patience = self.patience;
+/// Sets what our statements count on. `patience` is for how many seconds the server lets one wait for a row.
+fn set_up(connection: &mut MySqlConnection, packet: Arc<AtomicUsize>, patience: u64) -> SettingUp<'_> {
+    Box::pin(async move {
         let text = format!(
             "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED;\
              SET SESSION sql_mode='STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION',autocommit=1,innodb_lock_wait_timeout={patience},\
              wait_timeout=600;\
              SELECT @@max_allowed_packet"
         );
-        let answers = fly(&mut connection, text).await.map_err(errors::connecting)?;
-        let size = answers.last().and_then(|answer| answer.rows.first()).map(|row| number(row, 0));
-        if let Some(size) = size.transpose()?.flatten().and_then(|size| usize::try_from(size).ok()) {
-            packet.store(size, Ordering::Relaxed);
+        let answers = fly(connection, text).await?;
+        if let Some(row) = answers.last().and_then(|answer| answer.rows.first()) {
+            let size: i64 = row.try_get_unchecked(0)?;
+            packet.store(usize::try_from(size).unwrap_or(usize::MAX), Ordering::Relaxed);
         }
-        Ok(connection)
-    }
-
-    fn idle(&self) -> MutexGuard<'_, Vec<(MySqlConnection, Instant)>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+        Ok(())
+    })
 }
 
-/// A connection in use. One whose use was cut short is closed: nobody knows what still comes over it.
-struct Lent {
-    connection: MySqlConnection,
-    pile: Arc<Pile>,
-    // Behind the connection: whoever gets the slot finds it on the pile.
-    _slot: OwnedSemaphorePermit,
-}
-
-impl Lent {
-    fn back(
-        self,
-        asked: Result<Result<Vec<Answer>, sqlx::Error>, tokio::time::error::Elapsed>,
-    ) -> Result<Result<Vec<Answer>, sqlx::Error>, Failure> {
-        let Self { connection, pile, _slot } = self;
-        match &asked {
-            Ok(Ok(_)) => pile.idle().push((connection, Instant::now())),
-            Ok(Err(error)) if errors::leaves_usable(error) => pile.idle().push((connection, Instant::now())),
-            // What broke one has broken the others, too: a server that went, a runtime that ended.
-            Ok(Err(_)) => pile.idle().clear(),
-            Err(_) => {}
-        }
-        asked.map_err(|_| errors::silent())
-    }
-}
-
-/// A connection of a pool that is not ours.
-struct Borrowed {
-    connection: PoolConnection<MySql>,
-    whole: bool,
-}
-
-impl Drop for Borrowed {
-    fn drop(&mut self) {
-        if !self.whole {
-            self.connection.close_on_drop();
-        }
-    }
-}
-
-async fn prepare(connection: &mut MySqlConnection, text: &Text, given: &Given<'_>) -> Result<Vec<Answer>, sqlx::Error> {
+async fn prepare(connection: &mut MySqlConnection, text: &Text, given: &Given<'_>) -> Result<Answer, sqlx::Error> {
     let mut query = sqlx::query(AssertSqlSafe(text.sql.clone()));
     for param in &text.params {
         query = match given.value(*param) {
@@ -323,7 +239,7 @@ async fn prepare(connection: &mut MySqlConnection, text: &Text, given: &Given<'_
             Value::Bytes(bytes) => query.bind(bytes),
         };
     }
-    answers(connection.fetch_many(query)).await
+    Ok(answers(connection.fetch_many(query)).await?.pop().unwrap_or_default())
 }
 
 async fn fly(connection: &mut MySqlConnection, text: String) -> Result<Vec<Answer>, sqlx::Error> {
@@ -331,7 +247,7 @@ async fn fly(connection: &mut MySqlConnection, text: String) -> Result<Vec<Answe
 }
 
 async fn answers(
-    stream: impl Stream<Item = Result<Either<sqlx::mysql::MySqlQueryResult, MySqlRow>, sqlx::Error>>,
+    stream: impl Stream<Item = Result<Either<MySqlQueryResult, MySqlRow>, sqlx::Error>>,
 ) -> Result<Vec<Answer>, sqlx::Error> {
     let mut stream = pin!(stream);
     let (mut answers, mut rows) = (Vec::new(), Vec::new());
@@ -386,7 +302,6 @@ pub(super) fn write_bytes(to: &mut String, bytes: &[u8]) {
 
 /// Reads a number, absent or not.
 pub(super) fn number(row: &MySqlRow, at: usize) -> Result<Option<i64>, Failure> {
-    use sqlx::Row;
     row.try_get_unchecked(at).map_err(errors::asking)
 }
 
@@ -397,7 +312,6 @@ pub(super) fn flag(row: &MySqlRow, at: usize) -> Result<bool, Failure> {
 
 /// Reads bytes, absent or not.
 pub(super) fn bytes(row: &MySqlRow, at: usize) -> Result<Option<Vec<u8>>, Failure> {
-    use sqlx::Row;
     row.try_get_unchecked(at).map_err(errors::asking)
 }
 
