@@ -23,6 +23,7 @@ use crate::database::{
     Action, Alter, Busy, Database, Enter, Entered, Failure, Listed, Locked, Owner, REMEMBER, Remove, Renew, Waiter, holder,
     millis, span,
 };
+use crate::transaction::Transactions;
 use anchor::Anchor;
 use batch::Batch;
 use link::{Given, Link, bytes, flag, id, number, text};
@@ -34,6 +35,7 @@ mod errors;
 mod link;
 mod schema;
 mod texts;
+mod transaction;
 
 /// How often a step is tried whose row changes between two statements of it.
 const TRIES: usize = 4;
@@ -42,6 +44,8 @@ const TRIES: usize = 4;
 pub(crate) struct MySql {
     link: Link,
     texts: Texts,
+    /// The name of the table of holds as it stands in a statement.
+    holds: String,
     batch: Batch,
     owner: Owner,
     anchor: Arc<Anchor>,
@@ -80,6 +84,7 @@ impl MySql {
             batch: Batch::new(&texts, config.strict_expiry),
             link,
             texts,
+            holds: transaction::name_of(&config.table),
             owner,
             strict: config.strict_expiry,
             skips: AtomicBool::new(false),
@@ -429,6 +434,10 @@ impl Database for MySql {
         self.skips.store(server.skips, Ordering::Relaxed);
         self.anchor.allow(server.alone);
         Ok(())
+    }
+
+    fn transactions(self: Arc<Self>) -> Option<Arc<dyn Transactions>> {
+        Some(self)
     }
 
     async fn waiter(&self, _token: session_core::LeaseToken) -> Option<Box<dyn Waiter>> {

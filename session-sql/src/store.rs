@@ -26,8 +26,8 @@ const PAUSES: [Duration; 3] = [Duration::from_millis(50), Duration::from_millis(
 /// How often a waiter looks at least, whoever promised to wake him: a holder that was killed tells nobody.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// How soon whoever waits for a transaction looks at the row for the first time.
-const GLANCE: Duration = Duration::from_millis(30);
+/// How soon whoever waits for a transaction looks at the row for the first time: later than a holder comes from the one to the other.
+const GLANCE: Duration = Duration::from_millis(250);
 
 /// The first and the longest pause of the one next in line who is not woken, and of those behind him.
 const NEXT: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(6));
@@ -74,7 +74,9 @@ impl Store {
     pub(crate) async fn gc(&self, limit: u32) -> Result<u64, Failure> {
         let freed = self.database.gc(limit).await?;
         if let Some(holds) = &self.holds {
-            holds.transactions().gc(limit).await?;
+            let freed = tokio::time::timeout(self.config.timeout, holds.transactions().gc(limit)).await;
+            let late = || Failure::new(ErrorKind::Unavailable, "the database did not answer in time");
+            freed.unwrap_or_else(|_| Err(late()))?;
         }
         Ok(freed)
     }

@@ -102,7 +102,7 @@ pub(crate) trait Transaction: Send {
 }
 
 /// What became of an attempt to lock.
-#[cfg_attr(not(feature = "postgres"), allow(dead_code, reason = "the others have no such locks"))]
+#[cfg_attr(not(any(feature = "postgres", feature = "mysql")), allow(dead_code, reason = "SQLite has no such locks"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Begun {
     Taken,
@@ -260,10 +260,14 @@ impl Holds {
         let mut may_be_old = used;
         let mut slice = FIRST;
         loop {
+            if answer.is_closed() {
+                self.give_back(connection, permit, turn);
+                return;
+            }
             let rest = ask.deadline.saturating_duration_since(Instant::now());
             match self.begin(&mut *connection, &ask, rest.min(slice)).await {
                 Ok(Begun::Taken) => break,
-                Ok(Begun::Busy) if rest > slice && !answer.is_closed() => {
+                Ok(Begun::Busy) if rest > slice => {
                     for_a_holder.store(true, Ordering::Release);
                     slice = SLICE;
                 }

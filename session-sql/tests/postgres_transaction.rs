@@ -219,11 +219,22 @@ async fn opens_that_are_dropped_leave_no_transaction_and_a_full_pool() {
         let _ = tokio::time::timeout(Duration::from_micros(n * 7 % 3000), open).await;
     }
     eventually("a transaction is open that nobody asked for", || transactions(&table) == 0).await;
-    let mut openings = Vec::new();
-    for id in &ids {
-        openings.push(handler.open(id, &OpenRequest::exclusive(Duration::from_secs(5), LONG)).await.unwrap());
+    // On a busy machine some of the dropped ones are still about to notice.
+    for last in [false, false, false, true] {
+        let mut openings = Vec::new();
+        for id in &ids {
+            openings.push(handler.open(id, &OpenRequest::exclusive(Duration::from_secs(5), LONG)).await.unwrap());
+        }
+        let open = transactions(&table);
+        for mut opening in openings {
+            opening.close().await.unwrap();
+        }
+        if open == CONNECTIONS as usize {
+            return;
+        }
+        assert!(!last, "{open} of {CONNECTIONS} connections are left");
+        tokio::time::sleep(Duration::from_millis(500)).await;
     }
-    assert_eq!(transactions(&table), CONNECTIONS as usize);
 }
 
 #[tokio::test]

@@ -114,6 +114,11 @@ pub(super) fn is_duplicate(error: &Error) -> bool {
     matches!(error, Error::Database(error) if number(&**error) == Some(1062))
 }
 
+/// Whether the row was not free in time, or the wait for it was ended to end a deadlock.
+pub(super) fn is_locked(error: &Error) -> bool {
+    matches!(error, Error::Database(error) if matches!(number(&**error), Some(1205 | 1213 | 3572)))
+}
+
 /// Whether a connection can be used again after an error.
 pub(super) fn leaves_usable(error: &Error) -> bool {
     match error {

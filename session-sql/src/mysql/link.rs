@@ -242,7 +242,7 @@ async fn prepare(connection: &mut MySqlConnection, text: &Text, given: &Given<'_
     Ok(answers(connection.fetch_many(query)).await?.pop().unwrap_or_default())
 }
 
-async fn fly(connection: &mut MySqlConnection, text: String) -> Result<Vec<Answer>, sqlx::Error> {
+pub(super) async fn fly(connection: &mut MySqlConnection, text: String) -> Result<Vec<Answer>, sqlx::Error> {
     answers(connection.fetch_many(sqlx::raw_sql(AssertSqlSafe(text)))).await
 }
 
