@@ -59,6 +59,10 @@ pub struct SqlAddress {
     pub password: Option<String>,
     /// The database.
     pub database: String,
+    /// Whether to speak TLS, and nothing else; the certificate has to be for this host. Default no.
+    pub tls: bool,
+    /// Who may sign for the server, as a file of PEM. Without it those whom this machine trusts.
+    pub ca: Option<PathBuf>,
 }
 
 impl SqlAddress {
@@ -76,6 +80,7 @@ impl fmt::Debug for SqlAddress {
             .field("port", &self.port)
             .field("socket", &self.socket)
             .field("database", &self.database)
+            .field("tls", &self.tls)
             .finish_non_exhaustive()
     }
 }
@@ -143,6 +148,11 @@ pub struct SqlConfig {
     pub max_bytes: usize,
     /// Whether a lease that has ended no longer writes, even if nobody took over. Default no: such a write endangers nothing.
     pub strict_expiry: bool,
+    /// Whether PostgreSQL tells waiters that it is their turn, on a connection beside the others which also shows that this process
+    /// lives. Default yes. Without it waiters look again and again, and the lock of a killed holder ends with its lease. It finds out
+    /// by itself where nothing is told, as behind PgBouncer in transaction mode.
+    #[cfg(feature = "postgres")]
+    pub listen: bool,
     /// What an acknowledged save survives in SQLite. Default power cuts, too; the other databases go by their own settings.
     #[cfg(feature = "sqlite")]
     pub durability: Durability,
@@ -175,6 +185,10 @@ impl SqlConfig {
         "timeout",
         "connect_timeout",
         "socket",
+        "tls",
+        "ca",
+        #[cfg(feature = "postgres")]
+        "wake",
         #[cfg(feature = "sqlite")]
         "durability",
     ];
@@ -193,6 +207,8 @@ impl SqlConfig {
             connect_timeout: Duration::from_secs(2),
             max_bytes: Self::DEFAULT_MAX_BYTES,
             strict_expiry: false,
+            #[cfg(feature = "postgres")]
+            listen: true,
             #[cfg(feature = "sqlite")]
             durability: Durability::default(),
         }
@@ -207,6 +223,8 @@ impl SqlConfig {
     /// | `postgres:///app?socket=/run/postgresql` | PostgreSQL on this machine, by its socket |
     /// | `mysql://user:password@host:3306/app` | MySQL or MariaDB |
     /// | `sqlite:///var/lib/app/sessions.db?durability=data` | SQLite |
+    ///
+    /// `tls=on` speaks TLS with a server, and `ca=/path.pem` names who may sign for it.
     ///
     /// # Errors
     /// [`Config`](ErrorKind::Config) that names what is not accepted and lists what is.
@@ -260,6 +278,13 @@ impl SqlConfig {
             this.max_bytes = bytes as usize;
         }
         this.strict_expiry = dsn.flag("strict_expiry")?.unwrap_or(false);
+        #[cfg(feature = "postgres")]
+        if let Some(listen) = dsn.choice("wake", &[("listen", true), ("poll", false)])? {
+            if !matches!(this.server, SqlServer::Postgres(_)) {
+                return Err(config("wake= is of PostgreSQL; waiters for other databases look again and again"));
+            }
+            this.listen = listen;
+        }
         #[cfg(feature = "sqlite")]
         if let Some(durability) = dsn.choice("durability", &[("none", Durability::None), ("data", Durability::Data)])? {
             if !matches!(this.server, SqlServer::Sqlite(_)) {
@@ -334,6 +359,14 @@ impl SqlConfig {
         self
     }
 
+    /// The same with waiters who are told, or not.
+    #[cfg(feature = "postgres")]
+    #[must_use]
+    pub fn with_listen(mut self, listen: bool) -> Self {
+        self.listen = listen;
+        self
+    }
+
     /// The same with another durability.
     #[cfg(feature = "sqlite")]
     #[must_use]
@@ -360,6 +393,17 @@ impl SqlConfig {
             let fact = "lock=transaction is not possible on SQLite: a transaction that stays open would lock every session of the file; \
                         take lock=lease, which frees the sessions of a process that died as well";
             return Err(config(fact));
+        }
+        if let SqlServer::Postgres(address) | SqlServer::MySql(address) = &self.server {
+            if address.ca.is_some() && !address.tls {
+                return Err(config("ca= names who signs for TLS, which is off; write tls=on"));
+            }
+            if address.tls && address.socket.is_some() {
+                return Err(config("a socket of this machine speaks no TLS; leave out tls= or socket="));
+            }
+            if address.tls && cfg!(not(feature = "tls")) {
+                return Err(config("TLS needs the Cargo feature tls of session-sql, which is off"));
+            }
         }
         if self.connections == 0 {
             return Err(config("connections= must be 1 at least"));
@@ -414,7 +458,12 @@ impl SqlConfig {
 
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 fn address(dsn: &Dsn) -> Result<SqlAddress> {
-    let mut address = SqlAddress { socket: dsn.option("socket").map(Into::into), ..SqlAddress::default() };
+    let mut address = SqlAddress {
+        socket: dsn.option("socket").map(Into::into),
+        tls: dsn.flag("tls")?.unwrap_or(false),
+        ca: dsn.option("ca").map(Into::into),
+        ..SqlAddress::default()
+    };
     match dsn.hosts() {
         [] if address.socket.is_some() => {}
         [] => return Err(config(format!("the host is missing; write {}://user:password@host/database", dsn.scheme()))),

@@ -56,7 +56,14 @@ pub(crate) struct MySql {
 
 /// Connects to a server.
 pub(crate) async fn connect(address: &SqlAddress, config: &SqlConfig, owner: Owner) -> Result<Arc<dyn Database>, Failure> {
-    let mut options = MySqlConnectOptions::new().database(&address.database).ssl_mode(MySqlSslMode::Disabled);
+    let mut options = MySqlConnectOptions::new().database(&address.database).ssl_mode(if address.tls {
+        MySqlSslMode::VerifyIdentity
+    } else {
+        MySqlSslMode::Disabled
+    });
+    if let Some(ca) = &address.ca {
+        options = options.ssl_ca(ca);
+    }
     options = match &address.socket {
         Some(socket) => options.socket(socket),
         None => options.host(&address.host).port(if address.port == 0 { 3306 } else { address.port }),

@@ -5,28 +5,32 @@
 //! only makes statements fail that are then repeated. How waiters are woken stands in `postgres/listener.rs`.
 
 mod errors;
+mod listener;
+mod server;
 mod statements;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests;
 mod transaction;
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use session_core::leased::{Basis, Found, Renewed, Then, Verdict, Want};
 use session_core::{ErrorKind, LeaseToken, Record, Ttl, WriteId};
-use sqlx::postgres::{PgArguments, PgConnectOptions, PgConnection, PgRow, PgSslMode};
-use sqlx::{Arguments, AssertSqlSafe, Decode, Executor, PgPool, Row, SqlSafeStr, SqlStr, Type};
-use tokio::time::timeout;
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgRow, PgSslMode};
+use sqlx::{AssertSqlSafe, Executor, PgPool, SqlSafeStr, SqlStr};
 
-use crate::config::{SqlAddress, SqlConfig};
+use crate::config::{SqlAddress, SqlConfig, SqlLockMode};
 use crate::connections::Connections;
 use crate::database::{
     Action, Alter, Busy, Database, Enter, Entered, Failure, Listed, Locked, Owner, Remove, Renew, Waiter, holder, millis,
     span,
 };
 use crate::transaction::Transactions;
-use errors::Told;
+use listener::{Leave, Listener};
+use server::{Parameters, Server, bytes, field, list};
 use statements::{Statements, VERSION, schema};
 
 /// How often a statement is asked anew whose row somebody changed while it ran.
@@ -38,14 +42,14 @@ const SETUP: &str = "SET default_transaction_isolation = 'read committed'; SET p
     SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off";
 
 pub(crate) struct Postgres {
-    connections: Connections<sqlx::Postgres>,
+    server: Arc<Server>,
+    listener: Listener,
     statements: Statements,
     owner: Owner,
-    /// As it was given, and quoted.
+    /// Quoted.
     table: String,
     index: String,
     holds: String,
-    timeout: Duration,
     strict: bool,
 }
 
@@ -55,10 +59,13 @@ pub(crate) async fn connect(address: &SqlAddress, config: &SqlConfig, owner: Own
         .host(&address.host)
         .port(if address.port == 0 { 5432 } else { address.port })
         .database(&address.database)
-        .ssl_mode(PgSslMode::Disable)
+        .ssl_mode(if address.tls { PgSslMode::VerifyFull } else { PgSslMode::Disable })
         .application_name("sessionkit")
         // A parameter that no pooler knows.
         .extra_float_digits(None);
+    if let Some(ca) = &address.ca {
+        options = options.ssl_root_cert(ca);
+    }
     if let Some(socket) = &address.socket {
         options = options.socket(socket);
     }
@@ -69,13 +76,14 @@ pub(crate) async fn connect(address: &SqlAddress, config: &SqlConfig, owner: Own
         options = options.password(password);
     }
     let options = sqlx::ConnectOptions::disable_statement_logging(options);
-    let connections = Connections::new(options, set_up, config.connections, config.connect_timeout);
-    Ok(Arc::new(Postgres::new(connections, config, owner)))
+    let connections = Connections::new(options.clone(), set_up, config.connections, config.connect_timeout);
+    Ok(Arc::new(Postgres::new(connections, options, config, owner)))
 }
 
 /// Takes the connections of an application.
 pub(crate) fn over(pool: PgPool, config: &SqlConfig, owner: Owner) -> Arc<dyn Database> {
-    Arc::new(Postgres::new(Connections::Shared(pool), config, owner))
+    let options = (*pool.connect_options()).clone();
+    Arc::new(Postgres::new(Connections::Shared(pool), options, config, owner))
 }
 
 fn set_up(connection: &mut PgConnection) -> std::pin::Pin<Box<dyn Future<Output = Result<(), sqlx::Error>> + Send + '_>> {
@@ -88,46 +96,28 @@ fn quoted(table: &str) -> String {
 }
 
 impl Postgres {
-    fn new(connections: Connections<sqlx::Postgres>, config: &SqlConfig, owner: Owner) -> Self {
+    fn new(connections: Connections<sqlx::Postgres>, options: PgConnectOptions, config: &SqlConfig, owner: Owner) -> Self {
         let table = quoted(&config.table);
         let name = config.table.rsplit('.').next().unwrap_or_default();
         // At most 63 characters count.
         let index = format!("\"{}_expires\"", &name[..name.len().min(55)]);
-        let wait = millis(config.timeout / 2);
-        let statements = Statements::new(&table, wait, config.strict_expiry);
+        let statements = Statements::new(&table, millis(config.timeout / 2), config.strict_expiry);
+        let server = Arc::new(Server { connections, timeout: config.timeout });
+        // Holders whose lock is a transaction are shown by that, and waited for in the database.
+        let leased = config.lock == SqlLockMode::Lease;
+        let options = (config.listen && leased).then_some(options);
+        let listener = Listener::new(owner.process, &server, Leave(statements.leave.clone()), options);
         let holds = transaction::name_of(&config.table);
-        Self { connections, statements, owner, table, index, holds, timeout: config.timeout, strict: config.strict_expiry }
+        Self { server, listener, statements, owner, table, index, holds, strict: config.strict_expiry }
     }
 
-    /// Does one statement on a connection of its own and returns its rows, the whole answer read: it has been committed.
-    async fn ask(&self, sql: &SqlStr, arguments: PgArguments) -> Result<Vec<PgRow>, Failure> {
-        let mut line = self.connections.take().await.map_err(errors::unconnected)?;
-        let query = sqlx::query_with(sql.clone(), arguments).fetch_all(line.connection());
-        let Ok(answer) = timeout(self.timeout, query).await else {
-            // The connection is closed: what it says next is the answer to this.
-            let fact = format!("no answer from the database within {} ms", self.timeout.as_millis());
-            return Err(Failure { sent: true, ..Failure::new(ErrorKind::Unavailable, fact) });
-        };
-        match answer {
-            Ok(rows) => {
-                line.give_back();
-                Ok(rows)
-            }
-            Err(error) => {
-                let Told { failure, usable } = errors::asked(error);
-                if usable {
-                    line.give_back();
-                } else {
-                    self.connections.distrust();
-                }
-                Err(failure)
-            }
-        }
+    async fn ask(&self, sql: &SqlStr, parameters: Parameters) -> Result<Vec<PgRow>, Failure> {
+        self.server.ask(sql, parameters).await
     }
 
     /// The number of our liveness lock, while we hold it.
     fn process(&self) -> Option<i64> {
-        None
+        self.listener.process()
     }
 
     async fn enter_one(&self, entry: &Enter) -> Result<Option<Entered>, Failure> {
@@ -137,9 +127,9 @@ impl Postgres {
         };
         for _ in 0..TURNS {
             let rows = if entry.want == Want::Existing {
-                self.ask(&self.statements.enter_existing, arguments()?.0).await?
+                self.ask(&self.statements.enter_existing, arguments()?).await?
             } else {
-                self.ask(&self.statements.enter_any, arguments()?.add(entry.want == Want::Any)?.0).await?
+                self.ask(&self.statements.enter_any, arguments()?.add(entry.want == Want::Any)?).await?
             };
             match rows.first().map(|row| entered(row, false)).transpose()? {
                 // An absent row has nothing to show.
@@ -167,7 +157,7 @@ impl Postgres {
             .add(&*self.owner.text)?
             .add(self.process())?
             .add(self.owner.process)?;
-        let rows = self.ask(sql, arguments.0).await?;
+        let rows = self.ask(sql, arguments).await?;
         rows.iter().map(|row| entered(row, true)).collect()
     }
 
@@ -188,10 +178,10 @@ impl Postgres {
                 match action {
                     Action::Write { id, data, ttl } => {
                         let arguments = arguments.add(length(*ttl))?.add(&id.to_bytes()[..])?.add(&**data)?;
-                        self.ask(&self.statements.change_one[1][closes], arguments.0).await?
+                        self.ask(&self.statements.change_one[1][closes], arguments).await?
                     }
                     Action::Touch { ttl } => {
-                        self.ask(&self.statements.change_one[0][closes], arguments.add(length(*ttl))?.0).await?
+                        self.ask(&self.statements.change_one[0][closes], arguments.add(length(*ttl))?).await?
                     }
                 }
             }
@@ -200,9 +190,9 @@ impl Postgres {
                 match change.token.filter(|_| change.takes()) {
                     Some(token) => {
                         let arguments = arguments.add(bytes(token))?.add(change.lease)?.add(&*self.owner.text)?;
-                        self.ask(&self.statements.insert_locked, arguments.add(self.process())?.0).await?
+                        self.ask(&self.statements.insert_locked, arguments.add(self.process())?).await?
                     }
-                    None => self.ask(&self.statements.insert, arguments.0).await?,
+                    None => self.ask(&self.statements.insert, arguments).await?,
                 }
             }
             _ => return Ok(None),
@@ -238,7 +228,7 @@ impl Postgres {
             .add(list(changes, |change| change.then == Then::Close))?
             .add(&*self.owner.text)?
             .add(self.process())?;
-        let rows = self.ask(sql, arguments.0).await?;
+        let rows = self.ask(sql, arguments).await?;
         let verdict = |row: &PgRow| {
             Ok(match field::<i16>(row, 0)? {
                 0 => Some(Verdict::Refused),
@@ -254,16 +244,14 @@ impl Postgres {
 
 impl fmt::Debug for Postgres {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Postgres")
-            .field("table", &self.table)
-            .field("connections", &self.connections)
-            .finish_non_exhaustive()
+        f.debug_struct("Postgres").field("table", &self.table).field("listener", &self.listener).finish_non_exhaustive()
     }
 }
 
 #[async_trait]
 impl Database for Postgres {
     async fn enter(&self, entries: &[Enter]) -> Result<Vec<Option<Entered>>, Failure> {
+        self.listener.start();
         match entries {
             [entry] if entry.book == 0 && !entry.probe => Ok(vec![self.enter_one(entry).await?]),
             [_] => {
@@ -298,7 +286,7 @@ impl Database for Postgres {
     }
 
     async fn look(&self, key: &str) -> Result<Found, Failure> {
-        let rows = self.ask(&self.statements.look, Parameters::new().add(key)?.0).await?;
+        let rows = self.ask(&self.statements.look, Parameters::new().add(key)?).await?;
         rows.first().map_or(Ok(Found::Absent), |row| found(row, 0))
     }
 
@@ -311,7 +299,7 @@ impl Database for Postgres {
                 .add(&removal.mark.to_bytes()[..])?
                 .add(removal.trace)?
                 .add(removal.then == Then::Close)?;
-            if let Some(row) = self.ask(&self.statements.remove, arguments.0).await?.first() {
+            if let Some(row) = self.ask(&self.statements.remove, arguments).await?.first() {
                 let Some(data) = field::<Option<Vec<u8>>>(row, 0)? else { return Ok(None) };
                 return Ok(Some(Record::new(data, Ttl::new(span(field(row, 1)?)))));
             }
@@ -326,7 +314,7 @@ impl Database for Postgres {
                 .add(list(leases, |lease| bytes(lease.token)))?
                 .add(list(leases, |lease| lease.lease))?
                 .add(list(leases, |lease| lease.protects))?;
-            let rows = self.ask(&self.statements.renew, arguments.0).await?;
+            let rows = self.ask(&self.statements.renew, arguments).await?;
             let renewed = |row: &PgRow| {
                 Ok(match field::<i16>(row, 0)? {
                     1 => Some(Renewed::Renewed),
@@ -345,14 +333,14 @@ impl Database for Postgres {
 
     async fn leave(&self, key: &str, token: LeaseToken, clean: bool) -> Result<(), Failure> {
         let arguments = || Parameters::new().add(key)?.add(bytes(token))?.add(clean);
-        if self.ask(&self.statements.release, arguments()?.0).await?.is_empty() {
-            self.ask(&self.statements.leave, arguments()?.0).await?;
+        if self.ask(&self.statements.release, arguments()?).await?.is_empty() {
+            self.ask(&self.statements.leave, arguments()?.add(false)?).await?;
         }
         Ok(())
     }
 
     async fn gc(&self, limit: u32) -> Result<u64, Failure> {
-        let rows = self.ask(&self.statements.gc, Parameters::new().add(i64::from(limit))?.0).await?;
+        let rows = self.ask(&self.statements.gc, Parameters::new().add(i64::from(limit))?).await?;
         let freed: i64 = rows.first().map_or(Ok(0), |row| field(row, 0))?;
         Ok(u64::try_from(freed).unwrap_or(0))
     }
@@ -363,7 +351,7 @@ impl Database for Postgres {
             let bytes: i64 = field(row, 1)?;
             Ok(Listed { key: field(row, 0)?, bytes: u64::try_from(bytes).unwrap_or(0), left: span(field(row, 2)?) })
         };
-        self.ask(&self.statements.list, arguments.0).await?.iter().map(listed).collect()
+        self.ask(&self.statements.list, arguments).await?.iter().map(listed).collect()
     }
 
     async fn locks(&self, prefix: &str, limit: u32) -> Result<Vec<Locked>, Failure> {
@@ -372,12 +360,12 @@ impl Database for Postgres {
             let holder = holder(field(row, 1)?, field(row, 2)?);
             Ok(Locked { key: field(row, 0)?, holder, left: span(field(row, 3)?), wanted: field(row, 4)? })
         };
-        self.ask(&self.statements.locks, arguments.0).await?.iter().map(locked).collect()
+        self.ask(&self.statements.locks, arguments).await?.iter().map(locked).collect()
     }
 
     async fn unlock(&self, key: &str) -> Result<bool, Failure> {
-        let arguments = Parameters::new().add(key)?.add(None::<Vec<u8>>)?.add(false)?;
-        self.ask(&self.statements.leave, arguments.0).await?.first().map_or(Ok(false), |row| field(row, 0))
+        let arguments = Parameters::new().add(key)?.add(None::<Vec<u8>>)?.add(false)?.add(false)?;
+        self.ask(&self.statements.leave, arguments).await?.first().map_or(Ok(false), |row| field(row, 0))
     }
 
     async fn create_table(&self) -> Result<(), Failure> {
@@ -387,7 +375,7 @@ impl Database for Postgres {
         }
         for statement in schema(&self.table, &self.index) {
             let sql = AssertSqlSafe(statement).into_sql_str();
-            match self.ask(&sql, PgArguments::default()).await {
+            match self.ask(&sql, Parameters::new()).await {
                 // Two who make it at the same moment meet at the catalogue.
                 Err(failure) if self.version().await?.is_none() => return Err(failure),
                 _ => {}
@@ -423,8 +411,8 @@ impl Database for Postgres {
         Some(self)
     }
 
-    async fn waiter(&self, _token: LeaseToken) -> Option<Box<dyn Waiter>> {
-        None
+    async fn waiter(&self, token: LeaseToken) -> Option<Box<dyn Waiter>> {
+        self.listener.register(token).await
     }
 }
 
@@ -444,7 +432,7 @@ impl Postgres {
             AND has_table_privilege(c.oid, 'DELETE'),
           pg_is_in_recovery() OR current_setting('transaction_read_only')::bool, current_setting('server_version_num')::int4
         FROM (SELECT to_regclass($1) AS oid) c WHERE c.oid IS NOT NULL";
-        let rows = self.ask(&SqlStr::from_static(SQL), Parameters::new().add(&*self.table)?.0).await?;
+        let rows = self.ask(&SqlStr::from_static(SQL), Parameters::new().add(&*self.table)?).await?;
         let Some(row) = rows.first() else { return Ok(None) };
         Ok(Some(Standing {
             comment: field(row, 0)?,
@@ -455,41 +443,8 @@ impl Postgres {
     }
 }
 
-/// The parameters of a statement, in order.
-#[derive(Default)]
-struct Parameters(PgArguments);
-
-impl Parameters {
-    fn new() -> Self {
-        Self::default()
-    }
-
-    fn add<'q, T>(mut self, value: T) -> Result<Self, Failure>
-    where
-        T: sqlx::Encode<'q, sqlx::Postgres> + Type<sqlx::Postgres>,
-    {
-        self.0.add(value).map_err(|_| Failure::unexpected("a parameter cannot be sent"))?;
-        Ok(self)
-    }
-}
-
-fn bytes(token: LeaseToken) -> Vec<u8> {
-    token.to_bytes().to_vec()
-}
-
-fn list<'a, T, U>(of: &'a [T], each: impl Fn(&'a T) -> U) -> Vec<U> {
-    of.iter().map(each).collect()
-}
-
 fn length(ttl: Ttl) -> i64 {
     millis(ttl.as_duration())
-}
-
-fn field<'r, T>(row: &'r PgRow, index: usize) -> Result<T, Failure>
-where
-    T: Decode<'r, sqlx::Postgres> + Type<sqlx::Postgres>,
-{
-    row.try_get(index).map_err(|_| errors::strange())
 }
 
 /// Reads what an enter answered; `None` if it has to be asked again.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use conformance_tests::Harness;
 use conformance_tests::servers::Postgres;
-use session_core::{Dsn, Error, ErrorKind, Result, SessionHandler, SessionLock};
+use session_core::{Dsn, Error, ErrorKind, Expect, OpenRequest, Result, SessionHandler, SessionId, SessionLock};
 use session_sql::{SqlConfig, SqlHandler, SqlLock, SqlServer};
 
 /// Ends with this process.
@@ -35,8 +35,8 @@ impl Tables {
             }
         };
         let config = SqlConfig::from_dsn(&Dsn::parse(&url)?)?;
-        // Where all cores are busy with tests, a connection takes its time.
-        let config = config.with_connect_timeout(Duration::from_secs(20));
+        // Where all cores are busy with tests, connections and answers take their time.
+        let config = config.with_connect_timeout(Duration::from_secs(20)).with_timeout(Duration::from_secs(20));
         Ok((self.0)(config.with_create(true).with_table(namespace)))
     }
 }
@@ -59,7 +59,19 @@ impl Harness for Tables {
         if let SqlServer::Postgres(address) = &mut config.server {
             (address.host, address.port) = (server.ip().to_string(), server.port());
         }
-        Ok(Arc::new(SqlHandler::connect(config).await?))
+        let handler = SqlHandler::connect(config).await?;
+        // What shows that we live is made once, in the background, and counts as a part of nothing. A lock says when it is there.
+        let (id, shown) = (SessionId::generate()?, format!("SELECT lock_process IS NOT NULL FROM {namespace}"));
+        loop {
+            let request = OpenRequest::exclusive(Duration::ZERO, Duration::from_secs(60)).expecting(Expect::Any);
+            let mut opened = handler.open(&id, &request).await?;
+            let rows = self::server().query(&shown).expect("the server answers");
+            opened.close().await?;
+            if rows == [["t"]] {
+                return Ok(Arc::new(handler));
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     fn tick(&self) -> Duration {

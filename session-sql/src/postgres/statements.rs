@@ -402,7 +402,8 @@ const RELEASE: &str = "WITH u AS (
   RETURNING s.id, s.lock_token AS told, s.want_process, {relaxed})
 SELECT {tells} FROM u";
 
-// $1 key, $2 token, none for whoever holds it, $3 whether it is clean. Answers whether there was a lock to give up.
+// $1 key, $2 token, none for whoever holds it, $3 whether it is clean, $4 whether to give up only what nobody has come for. Answers
+// whether there was a lock to give up.
 // Who was handed a lock and never came for it passes it on as he was given it.
 const LEAVE: &str = "WITH z AS MATERIALIZED (SELECT {impatient} AS z),
 r AS MATERIALIZED (
@@ -410,8 +411,9 @@ r AS MATERIALIZED (
     s.want_token, s.want_until, s.want_process
   FROM z, {t} s WHERE z.z IS NOT NULL AND s.id = $1 FOR NO KEY UPDATE OF s),
 j1 AS MATERIALIZED (SELECT *, {now} AS now FROM r),
-j2 AS MATERIALIZED (SELECT *, (lock_until > now) IS TRUE AS locked, (want_token = $2::bytea) IS TRUE AS wants,
-  CASE WHEN $2 IS NULL THEN (lock_until > now) IS TRUE ELSE (lock_token = $2) IS TRUE END AS own,
+j2 AS MATERIALIZED (SELECT *, (lock_until > now) IS TRUE AS locked, (want_token = $2::bytea AND NOT $4::bool) IS TRUE AS wants,
+  CASE WHEN $2 IS NULL THEN (lock_until > now) IS TRUE
+    ELSE (lock_token = $2 AND (lock_owner IS NULL OR NOT $4)) IS TRUE END AS own,
   $3::bool AND (lock_owner IS NOT NULL OR lock_handed IS TRUE) AS clean FROM j1),
 j3 AS MATERIALIZED (SELECT *, own AND (want_until > now) IS TRUE AND NOT wants AS hands FROM j2),
 j AS MATERIALIZED (SELECT *, NOT stays AND NOT hands AND (own OR (wants AND NOT locked)) AS empties FROM j3),

@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use session_core::ErrorKind;
-use sqlx::postgres::{PgArguments, PgConnectOptions, PgConnection, PgQueryResult};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgQueryResult};
 use sqlx::{AssertSqlSafe, ConnectOptions, Executor, SqlSafeStr};
 
 use super::errors::{self, Told};
-use super::{Parameters, Postgres, quoted};
+use super::server::Parameters;
+use super::{Postgres, quoted};
 use crate::database::{Failure, millis};
 use crate::transaction::{Begun, Transaction, Transactions};
 
@@ -34,7 +35,7 @@ pub(super) fn name_of(table: &str) -> String {
 #[async_trait]
 impl Transactions for Postgres {
     async fn connect(&self) -> Result<Box<dyn Transaction>, Failure> {
-        let options: PgConnectOptions = self.connections.options();
+        let options: PgConnectOptions = self.server.connections.options();
         let connection = options.connect().await.map_err(errors::unconnected)?;
         Ok(Box::new(Line { connection, table: self.table.clone(), holds: self.holds.clone() }))
     }
@@ -50,7 +51,7 @@ impl Transactions for Postgres {
         let lock = ["lock_token", "lock_until", "lock_since", "lock_lease", "lock_owner", "lock_process", "lock_handed"];
         let (lock, want) = (cleared(&locks, &lock), cleared(&wants, &["want_token", "want_until", "want_process"]));
         let sql = format!("UPDATE {table} SET {lock}, {want} WHERE id = $1 AND ({locks} OR {wants}) RETURNING true");
-        let rows = self.ask(&AssertSqlSafe(sql).into_sql_str(), Parameters::new().add(key)?.0).await?;
+        let rows = self.ask(&AssertSqlSafe(sql).into_sql_str(), Parameters::new().add(key)?).await?;
         Ok(!rows.is_empty())
     }
 
@@ -59,7 +60,7 @@ impl Transactions for Postgres {
             return Ok(());
         }
         let sql = format!("CREATE UNLOGGED TABLE IF NOT EXISTS {} (id text COLLATE \"C\" PRIMARY KEY)", self.holds);
-        match self.ask(&AssertSqlSafe(sql).into_sql_str(), PgArguments::default()).await {
+        match self.ask(&AssertSqlSafe(sql).into_sql_str(), Parameters::new()).await {
             // Two who make it at the same moment meet at the catalogue.
             Err(failure) if !self.has_holds().await? => Err(failure),
             _ => Ok(()),
@@ -85,7 +86,7 @@ impl Postgres {
     async fn has_holds(&self) -> Result<bool, Failure> {
         const SQL: &str = "SELECT true FROM (SELECT to_regclass($1) AS oid) c WHERE c.oid IS NOT NULL
           AND has_table_privilege(c.oid, 'INSERT')";
-        let rows = self.ask(&sqlx::SqlStr::from_static(SQL), Parameters::new().add(&*self.holds)?.0).await?;
+        let rows = self.ask(&sqlx::SqlStr::from_static(SQL), Parameters::new().add(&*self.holds)?).await?;
         Ok(!rows.is_empty())
     }
 }

@@ -1,0 +1,279 @@
+//! What travels together: a batch says of each member what the same request says alone.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use conformance_tests::servers::Postgres as Server;
+use session_core::leased::{Basis, Found, Then, Verdict, Want};
+use session_core::{Dsn, LeaseToken, Ttl, WriteId};
+
+use crate::config::{SqlConfig, SqlServer};
+use crate::database::{Action, Alter, Database, Enter, Entered, Owner, Remove};
+
+fn server() -> &'static Server {
+    static SERVER: OnceLock<Server> = OnceLock::new();
+    SERVER.get_or_init(|| Server::start(&[]).expect("postgres starts; Debian has it in the package postgresql"))
+}
+
+async fn database(table: &str) -> Arc<dyn Database> {
+    let config = SqlConfig::from_dsn(&Dsn::parse(&server().url()).unwrap()).unwrap();
+    let config =
+        config.with_table(table).with_timeout(Duration::from_secs(20)).with_connect_timeout(Duration::from_secs(20));
+    let SqlServer::Postgres(address) = &config.server else { panic!("it is one") };
+    let database = super::connect(address, &config, Owner::new().unwrap()).await.unwrap();
+    database.create_table().await.unwrap();
+    database
+}
+
+fn token() -> LeaseToken {
+    LeaseToken::random().unwrap()
+}
+
+fn wid() -> WriteId {
+    WriteId::random().unwrap()
+}
+
+fn enter(key: &str, token: LeaseToken, want: Want) -> Enter {
+    Enter { key: key.into(), token, lease: 60_000, want, book: 0, probe: false }
+}
+
+fn write(key: &str, basis: Basis, token: Option<LeaseToken>, id: WriteId, data: &str, then: Then) -> Alter {
+    let action = Action::Write { id, data: data.as_bytes().into(), ttl: Ttl::from_secs(900) };
+    Alter { key: key.into(), basis, token, lease: token.map(|_| 60_000), action, then }
+}
+
+/// One of each that there may be, under a prefix: what is entered, and then what is changed.
+struct Sample {
+    entries: Vec<Enter>,
+    changes: Vec<Alter>,
+}
+
+async fn sample(database: &dyn Database, prefix: &str) -> Sample {
+    let (mut entries, mut changes) = (Vec::new(), Vec::new());
+    let key = |name: &str| format!("{prefix}{name}");
+    let created = async |name: &str| {
+        let id = wid();
+        let create = write(&key(name), Basis::Unseen, None, id, "old", Then::Close);
+        assert_eq!(database.change(&[create]).await.unwrap(), [Some(Verdict::Applied)]);
+        id
+    };
+    let held = async |name: &str| {
+        let holder = token();
+        let held = database.enter(&[enter(&key(name), holder, Want::Any)]).await.unwrap();
+        assert!(matches!(held[..], [Some(Entered::Granted { .. })]), "{held:?}");
+        holder
+    };
+    for name in ["free", "held", "own", "booked"] {
+        created(name).await;
+    }
+    held("held").await;
+    let own = held("own").await;
+    held("booked").await;
+    for name in ["free", "held", "missing"] {
+        entries.push(enter(&key(name), token(), Want::Existing));
+    }
+    entries.push(enter(&key("own"), own, Want::Existing));
+    entries.push(Enter { book: 5_000, ..enter(&key("booked"), token(), Want::Existing) });
+
+    for (name, then) in [("saved", Then::Close), ("kept", Then::Keep)] {
+        let prev = created(name).await;
+        changes.push(write(&key(name), Basis::Written(prev), Some(held(name).await), wid(), "new", then));
+    }
+    let prev = created("overtaken").await;
+    held("overtaken").await;
+    changes.push(write(&key("overtaken"), Basis::Written(prev), Some(token()), wid(), "new", Then::Close));
+    created("other write").await;
+    changes.push(write(
+        &key("other write"),
+        Basis::Written(wid()),
+        Some(held("other write").await),
+        wid(),
+        "new",
+        Then::Close,
+    ));
+    let done = created("repeated").await;
+    changes.push(write(&key("repeated"), Basis::Written(wid()), Some(held("repeated").await), done, "new", Then::Close));
+    changes.push(write(&key("nowhere"), Basis::Written(wid()), Some(token()), wid(), "new", Then::Close));
+    changes.push(write(&key("fresh"), Basis::Unseen, None, wid(), "new", Then::Close));
+    changes.push(write(&key("fresh and kept"), Basis::Unseen, Some(token()), wid(), "new", Then::Keep));
+    created("not fresh").await;
+    changes.push(write(&key("not fresh"), Basis::Unseen, None, wid(), "new", Then::Close));
+    let holder = held("stub").await;
+    changes.push(write(&key("stub"), Basis::Absent { mark: None }, Some(holder), wid(), "new", Then::Close));
+    changes.push(write(&key("lost stub"), Basis::Absent { mark: None }, Some(token()), wid(), "new", Then::Close));
+    let prev = created("optimistic").await;
+    changes.push(write(&key("optimistic"), Basis::Written(prev), None, wid(), "new", Then::Close));
+    let prev = created("touched").await;
+    changes.push(Alter {
+        action: Action::Touch { ttl: Ttl::from_secs(1800) },
+        ..write(&key("touched"), Basis::Written(prev), Some(held("touched").await), wid(), "", Then::Close)
+    });
+    let holder = held("touched stub").await;
+    changes.push(Alter {
+        action: Action::Touch { ttl: Ttl::from_secs(1800) },
+        ..write(&key("touched stub"), Basis::Absent { mark: None }, Some(holder), wid(), "", Then::Close)
+    });
+    created("destroyed").await;
+    let holder = held("destroyed").await;
+    let removal = Remove { key: key("destroyed"), token: None, lease: 0, mark: wid(), trace: false, then: Then::Close };
+    assert!(database.remove(&removal).await.unwrap().is_some());
+    changes.push(write(&key("destroyed"), Basis::Written(wid()), Some(holder), wid(), "new", Then::Close));
+    Sample { entries, changes }
+}
+
+/// What an answer says, without what differs from run to run.
+fn said(entered: &Option<Entered>) -> String {
+    match entered {
+        Some(Entered::Granted { found, clean }) => {
+            let found = match found {
+                Found::Live { record, .. } => String::from_utf8_lossy(&record.data).into_owned(),
+                other => format!("{other:?}"),
+            };
+            format!("granted {found} {clean}")
+        }
+        Some(Entered::Busy(busy)) => format!("busy {} {}", busy.booked, busy.holder.is_some()),
+        other => format!("{other:?}"),
+    }
+}
+
+/// The rows under a prefix, as far as they are the same from run to run.
+fn rows(table: &str, prefix: &str) -> BTreeMap<String, String> {
+    let sql = format!(
+        "SELECT substr(id, {}), concat_ws(' ', encode(data, 'escape'), write_id IS NULL, lock_token IS NULL, lock_until IS NULL,
+           lock_since IS NULL, lock_lease, lock_owner IS NULL, lock_handed, want_token IS NULL, want_until IS NULL,
+           (expires_at - date_part('epoch', now()) * 1000)::int8 / 100000, expires_minute = expires_at / 60000)
+         FROM {table} WHERE starts_with(id, '{prefix}')",
+        prefix.len() + 1
+    );
+    let rows = server().query(&sql).unwrap();
+    rows.into_iter().map(|row| (row[0].clone(), row[1].clone())).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_has_the_outcome_of_each_of_its_members_alone() {
+    let database = database("alone_or_not").await;
+    let (alone, together) = (sample(&*database, "alone ").await, sample(&*database, "batch ").await);
+    let entered = database.enter(&together.entries).await.unwrap();
+    for (n, entry) in alone.entries.iter().enumerate() {
+        let one = database.enter(std::slice::from_ref(entry)).await.unwrap();
+        assert_eq!(said(&one[0]), said(&entered[n]), "{}", entry.key);
+    }
+    let changed = database.change(&together.changes).await.unwrap();
+    for (n, change) in alone.changes.iter().enumerate() {
+        let one = database.change(std::slice::from_ref(change)).await.unwrap();
+        assert_eq!(one[0], changed[n], "{}", change.key);
+    }
+    let (alone, together) = (rows("alone_or_not", "alone "), rows("alone_or_not", "batch "));
+    assert!(alone.len() > 15, "{alone:?}");
+    assert_eq!(alone, together);
+    let verdicts: Vec<_> = changed.into_iter().flatten().collect();
+    for verdict in [Verdict::Applied, Verdict::AlreadyApplied, Verdict::Refused, Verdict::Gone] {
+        assert!(verdicts.contains(&verdict), "no {verdict:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_somebody_has_locked_is_left_out_of_a_batch_and_delays_nobody() {
+    let database = database("skipped").await;
+    let mut prev = Vec::new();
+    for n in 0..8 {
+        let id = wid();
+        let create = write(&format!("s{n}"), Basis::Unseen, None, id, "old", Then::Close);
+        database.change(&[create]).await.unwrap();
+        prev.push(id);
+    }
+    let mut stranger = server().connect().unwrap();
+    stranger.query("BEGIN; SELECT FROM skipped WHERE id = 's3' FOR UPDATE").unwrap();
+    let tokens: Vec<_> = (0..8).map(|_| token()).collect();
+    let entries: Vec<_> = (0..8).map(|n| enter(&format!("s{n}"), tokens[n], Want::Existing)).collect();
+    let entered = database.enter(&entries).await.unwrap();
+    let skipped = |n: usize| n == 3;
+    for (n, entered) in entered.iter().enumerate() {
+        assert_eq!(entered.is_none(), skipped(n), "{n}: {entered:?}");
+    }
+    let change = |n: usize| write(&format!("s{n}"), Basis::Written(prev[n]), Some(tokens[n]), wid(), "new", Then::Close);
+    let changes: Vec<_> = (0..8).map(change).collect();
+    let changed = database.change(&changes).await.unwrap();
+    for (n, changed) in changed.iter().enumerate() {
+        assert_eq!(*changed, (!skipped(n)).then_some(Verdict::Applied), "{n}");
+    }
+    stranger.query("ROLLBACK").unwrap();
+    assert!(matches!(database.enter(&entries[3..4]).await.unwrap()[..], [Some(Entered::Granted { .. })]));
+    assert_eq!(database.change(&changes[3..4]).await.unwrap(), [Some(Verdict::Applied)]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_the_table_refuses_takes_nothing_of_its_batch_with_it() {
+    let database = database("poisoned").await;
+    server().query("ALTER TABLE poisoned ADD CONSTRAINT never CHECK (data <> 'poison')").unwrap();
+    let change = |n: usize| {
+        let data = if n == 2 { "poison" } else { "good" };
+        write(&format!("p{n}"), Basis::Unseen, None, wid(), data, Then::Close)
+    };
+    let changes: Vec<_> = (0..5).map(change).collect();
+    let failure = database.change(&changes).await.unwrap_err();
+    assert!(!failure.sent && !failure.passing, "it was refused as a whole: {failure:?}");
+    assert!(!format!("{failure:?}").contains("poison"), "{failure:?}");
+    assert!(rows("poisoned", "p").is_empty());
+    for (n, change) in changes.iter().enumerate() {
+        let one = database.change(std::slice::from_ref(change)).await;
+        assert_eq!(one.is_ok(), n != 2, "{n}");
+    }
+    assert_eq!(rows("poisoned", "p").len(), 4);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn batches_of_the_same_rows_in_any_order_never_wait_for_each_other() {
+    let database = database("crossed").await;
+    let keys: Vec<_> = (0..32).map(|n| format!("c{n}")).collect();
+    for key in &keys {
+        database.change(&[write(key, Basis::Unseen, None, wid(), "old", Then::Close)]).await.unwrap();
+    }
+    let mut running = tokio::task::JoinSet::new();
+    for task in 0..4 {
+        let (database, mut keys) = (database.clone(), keys.clone());
+        keys.rotate_left(task * 8);
+        if task % 2 == 1 {
+            keys.reverse();
+        }
+        running.spawn(async move {
+            for _ in 0..50 {
+                let mine = token();
+                let entries: Vec<_> = keys.iter().map(|key| enter(key, mine, Want::Existing)).collect();
+                let entered = database.enter(&entries).await.expect("nobody waits, so there is no deadlock");
+                for (key, entered) in keys.iter().zip(entered) {
+                    if let Some(Entered::Granted { .. }) = entered {
+                        database.leave(key, mine, true).await.unwrap();
+                    }
+                }
+            }
+        });
+    }
+    while let Some(done) = running.join_next().await {
+        done.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refusal_is_of_the_newest_state_and_not_of_an_older_snapshot() {
+    let database = database("snapshots").await;
+    let (key, first, second) = ("k", wid(), wid());
+    database.change(&[write(key, Basis::Unseen, None, first, "old", Then::Close)]).await.unwrap();
+    // A copy of the write is still under way when its repeat comes: the repeat waits for the row, and has an older snapshot.
+    let mut copy = server().connect().unwrap();
+    let hex: String = second.to_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    copy.query(&format!("BEGIN; UPDATE snapshots SET data = 'new', write_id = '\\x{hex}' WHERE id = 'k'")).unwrap();
+    let repeat = tokio::spawn({
+        let database = database.clone();
+        async move { database.change(&[write(key, Basis::Written(first), None, second, "new", Then::Close)]).await }
+    });
+    for _ in 0..1000 {
+        if server().query("SELECT count(*) FROM pg_locks WHERE NOT granted").unwrap() != [["0"]] {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    copy.query("COMMIT").unwrap();
+    assert_eq!(repeat.await.unwrap().unwrap(), [Some(Verdict::AlreadyApplied)]);
+}
