@@ -30,6 +30,9 @@ const TICK: Duration = Duration::from_millis(50);
 /// The same with a network between.
 const SERVER_TICK: Duration = Duration::from_millis(100);
 
+/// How long is waited for a store to be removed, which somebody who was killed may still use.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 #[derive(Debug, Serialize)]
 struct Line<'a> {
     case: &'a str,
@@ -91,7 +94,11 @@ impl Store {
     async fn claims(&self) -> Result<Vec<&'static str>, Failure> {
         Ok(match self {
             Self::Memory(harness) => claims(&**harness).await?,
-            Self::Shared(harness) => claims(harness).await?,
+            Self::Shared(harness) => {
+                let claims = claims(harness).await;
+                harness.sweep().await;
+                claims?
+            }
         })
     }
 
@@ -235,7 +242,7 @@ impl Harness for MemoryHarness {
     }
 }
 
-/// A store for each namespace, which processes can share: a directory, or a prefix on a server.
+/// A store for each namespace, which processes can share: a directory, a table, or a prefix on a server.
 #[derive(Debug, Deserialize, Serialize)]
 pub(crate) struct SharedHarness {
     stores: Stores,
@@ -270,7 +277,7 @@ impl SharedHarness {
 
     fn dsn(&self, namespace: &str) -> session_core::Result<String> {
         self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(namespace.to_owned());
-        self.stores.dsn(namespace)
+        self.stores.apart(namespace)
     }
 
     /// Removes the sessions that were stored.
@@ -278,7 +285,7 @@ impl SharedHarness {
         let used = std::mem::take(&mut *self.used.lock().unwrap_or_else(PoisonError::into_inner));
         for namespace in used {
             // A store that fails here has failed the case, too; what it keeps expires.
-            let _ = self.stores.sweep(&namespace).await;
+            let _ = tokio::time::timeout(PATIENCE, self.stores.sweep_apart(&namespace)).await;
         }
     }
 }
@@ -299,7 +306,7 @@ impl Harness for SharedHarness {
     async fn handler_at(&self, namespace: &str, server: SocketAddr) -> session_core::Result<Arc<dyn SessionHandler>> {
         // The sweep goes the direct way.
         self.dsn(namespace)?;
-        sessionkit::handler(&self.stores.through(server).dsn(namespace)?).await
+        sessionkit::handler(&self.stores.through(server).apart(namespace)?).await
     }
 
     fn worker(&self) -> Option<Command> {

@@ -121,14 +121,15 @@ impl Stores {
         }
     }
 
-    /// Returns the DSN of a store in a table of its own, which is made when it is opened.
+    /// Returns the DSN of a store that shares nothing with the others: in a database a table of its own, which is made when it is
+    /// opened, because collecting goes through all of a table.
     ///
     /// # Errors
-    /// [`Unsupported`](ErrorKind::Unsupported) if there are no tables here.
-    pub(crate) fn in_table(&self, name: &str) -> session_core::Result<String> {
+    /// As [`dsn`](Self::dsn).
+    pub(crate) fn apart(&self, name: &str) -> session_core::Result<String> {
         match self {
-            Self::Prefixes(server) if sql::SqlConfig::SCHEMES.contains(&server.scheme.as_str()) => Ok(server.in_table(name)),
-            _ => Err(Error::new(ErrorKind::Unsupported, "bench", "this store has no tables")),
+            Self::Prefixes(server) if server.is_sql() => Ok(server.in_table(name)),
+            _ => self.dsn(name),
         }
     }
 
@@ -145,6 +146,17 @@ impl Stores {
         match self {
             Self::Directories { .. } => self.clone(),
             Self::Prefixes(server) => Self::Prefixes(server.through(address)),
+        }
+    }
+
+    /// Removes the store `name` that was [apart](Self::apart).
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub(crate) async fn sweep_apart(&self, name: &str) -> Result<(), Failure> {
+        match self {
+            Self::Prefixes(server) if server.is_sql() => crate::bench::drop_table(&server.in_table(name)).await,
+            _ => Ok(self.sweep(name).await?),
         }
     }
 
@@ -237,6 +249,10 @@ impl ServerDsn {
         let own = &own[own.len().saturating_sub(48)..];
         options.extend([format!("table=s_{own}{name}"), "create=on".to_owned()]);
         Self { options, ..self.clone() }.text()
+    }
+
+    fn is_sql(&self) -> bool {
+        sql::SqlConfig::SCHEMES.contains(&self.scheme.as_str())
     }
 
     fn through(&self, address: SocketAddr) -> Self {

@@ -26,6 +26,7 @@ pub(crate) use self::handover::wait_for_handovers;
 use self::ours::{HandlerCycle, PeerCycle, SessionCycle};
 use self::peers::ForeignPeer;
 use self::plain::{Program, Sync};
+pub(crate) use self::sql::drop_table;
 use crate::args::BenchArgs;
 use crate::failure::Failure;
 use crate::output::{Align, Cell, Output, Style, Table, bytes, micros, span, thousands};
@@ -212,13 +213,13 @@ impl<'a> Arena<'a> {
     /// Measures beside few and beside many sessions, in two tables that are gone afterwards.
     async fn beside_rows(&self, rows: NonZeroU32, out: &Output) -> Result<Vec<Measurement>, Failure> {
         let Some(stores) = self.place.stores() else { return Ok(Vec::new()) };
-        let dsns = [stores.in_table("few")?, stores.in_table("many")?];
+        let dsns = [stores.apart("few")?, stores.apart("many")?];
         let bar = out.progress(0, "  {spinner}  {msg}  {elapsed}");
         bar.set_message(format!("{} sessions", thousands(rows.get().into())));
         let measured = self.in_tables(&dsns, rows).await;
         bar.finish_and_clear();
         for dsn in &dsns {
-            sql::drop_table(dsn).await?;
+            drop_table(dsn).await?;
         }
         measured
     }

@@ -119,7 +119,7 @@ impl PlainCycle {
 }
 
 /// Drops the table of a DSN.
-pub(super) async fn drop_table(dsn: &str) -> Result<(), Failure> {
+pub(crate) async fn drop_table(dsn: &str) -> Result<(), Failure> {
     let config = SqlConfig::from_dsn(&Dsn::parse(dsn)?)?;
     match &config.server {
         SqlServer::Postgres(address) => {
