@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use conformance_tests::servers::PgBouncer;
 use postgres_support::*;
 use session_core::{ErrorKind, OpenRequest, Result, Session, SessionHandler, SessionId, Sessions};
 use session_sql::{SqlHandler, SqlServer};
@@ -486,6 +487,46 @@ async fn a_database_that_takes_no_writes_is_unavailable() {
     let error = SqlHandler::connect(config(&server.url()).with_create(false)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(error.to_string().contains("takes no writes"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pooler_that_keeps_a_connection_for_each_client_changes_nothing() {
+    let pooler = PgBouncer::start(server(), &["pool_mode = session"]).expect("Debian has it in the package pgbouncer");
+    let handler = connect(config(&pooler.url()).with_table("pooled")).await;
+    let id = session(&handler, "old").await;
+    let opened = open(&handler, &id, exclusive()).await;
+    let waiter = tokio::spawn({
+        let (handler, id) = (handler.clone(), id.clone());
+        async move { read(&mut open(&handler, &id, exclusive()).await).await }
+    });
+    until("a place", async || value(server(), "SELECT count(*) FROM pooled WHERE want_token IS NOT NULL") == "1").await;
+    saved(opened, "new").await;
+    assert_eq!(waiter.await.unwrap().as_deref(), Some("new"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pooler_that_loses_prepared_statements_is_refused_with_the_cure() {
+    let options = ["pool_mode = transaction", "default_pool_size = 1"];
+    let pooler = PgBouncer::start(server(), &options).expect("Debian has it in the package pgbouncer");
+    connect(config(&server().url()).with_table("mixed_up")).await;
+    let settings = config(&pooler.url()).with_table("mixed_up").with_listen(false).with_connections(1);
+    let _first = SqlHandler::connect(settings.clone()).await;
+    // Newer ones keep them apart.
+    match SqlHandler::connect(settings).await {
+        Ok(handler) => drop(session(&handler, "there").await),
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::Config);
+            assert!(error.to_string().contains("max_prepared_statements"), "{error}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_without_tls_is_refused_where_tls_is_asked_for() {
+    let dsn = format!("{}?tls=on", server().url());
+    let error = SqlHandler::connect(config(&dsn)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+    assert!(error.to_string().contains("TLS"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
