@@ -26,12 +26,14 @@ use crate::database::{
 use crate::transaction::Transactions;
 use anchor::Anchor;
 use batch::Batch;
+use front::Fronts;
 use link::{Given, Link, bytes, flag, id, number, text};
 use texts::{Access, Lock, Texts};
 
 mod anchor;
 mod batch;
 mod errors;
+mod front;
 mod link;
 mod schema;
 mod texts;
@@ -47,6 +49,7 @@ pub(crate) struct MySql {
     /// The name of the table of holds as it stands in a statement.
     holds: String,
     batch: Batch,
+    fronts: Fronts,
     owner: Owner,
     anchor: Arc<Anchor>,
     strict: bool,
@@ -89,6 +92,7 @@ impl MySql {
         Self {
             anchor: Anchor::new(owner.process, link.broke.clone()),
             batch: Batch::new(&texts, config.strict_expiry),
+            fronts: Fronts::default(),
             link,
             texts,
             holds: transaction::name_of(&config.table),
@@ -99,6 +103,19 @@ impl MySql {
     }
 
     async fn enter_alone(&self, entry: &Enter) -> Result<Entered, Failure> {
+        if entry.book == 0 {
+            return self.enter_now(entry).await;
+        }
+        let asking = match self.fronts.come(&entry.key, entry.token) {
+            Ok(asking) => asking,
+            Err(busy) => return Ok(Entered::Busy(busy)),
+        };
+        let entered = self.enter_now(entry).await?;
+        asking.told(&entered);
+        Ok(entered)
+    }
+
+    async fn enter_now(&self, entry: &Enter) -> Result<Entered, Failure> {
         self.anchor.wanted(&self.link);
         let existing = entry.want == Want::Existing;
         let given = Given {
@@ -382,6 +399,7 @@ impl Database for MySql {
     }
 
     async fn leave(&self, key: &str, token: session_core::LeaseToken, clean: bool) -> Result<(), Failure> {
+        self.fronts.leave(key, token);
         let given = Given { key: key.as_bytes(), token: Some(token.to_bytes()), clean, ..Given::default() };
         self.link.ask(&[&self.texts.release, &self.texts.unwant, &self.texts.drop], &given).await?;
         Ok(())

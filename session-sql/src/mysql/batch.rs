@@ -58,7 +58,7 @@ impl Batch {
             text.push_str(if at == 0 { " AS lease" } else { "" });
         }
         let keys = keys(entries.iter().map(|entry| &*entry.key));
-        self.join(&mut text, &keys, entries.len());
+        self.join(&mut text, &keys, entries.len() as i64);
         let mut name = String::new();
         write_bytes(&mut name, owner.as_bytes());
         let alive = alive.map_or_else(|| "NULL".into(), |alive| alive.to_string());
@@ -131,7 +131,7 @@ impl Batch {
     }
 
     fn overwrite(&self, text: &mut String, changes: &[&Alter]) {
-        let mut count = 0;
+        let (mut count, mut payloads) = (0, String::new());
         for change in changes {
             let (Basis::Written(prev), Action::Write { id, data, ttl }) = (change.basis, &change.action) else { continue };
             let names = count == 0;
@@ -154,8 +154,10 @@ impl Batch {
             name(text, "prev", ",");
             write_bytes(text, &id.to_bytes());
             name(text, "w", ",");
-            write_bytes(text, data);
-            name(text, "d", ",");
+            payloads.push_str(if names { "" } else { "," });
+            write_bytes(&mut payloads, data);
+            add(text, count + 1);
+            name(text, "n", ",");
             add(text, length(*ttl));
             name(text, "ttl", ",");
             add(text, i64::from(change.lease.is_some()));
@@ -167,7 +169,7 @@ impl Batch {
         if count > 0 {
             let keys = keys(changes.iter().filter(|change| change.basis != Basis::Unseen).map(|change| &*change.key));
             self.join(text, &keys, count);
-            text.push_str(&self.change);
+            text.push_str(&self.change.replace("{data}", &payloads));
             text.push_str(" WHERE ");
             text.push_str(&self.fence);
         }
@@ -175,7 +177,7 @@ impl Batch {
 
     /// Locks the rows and joins what is asked, them, and the table, in this order: nothing else may be looked at, or it would be waited
     /// for. With a limit the locking stays a table of its own.
-    fn join(&self, text: &mut String, keys: &str, count: usize) {
+    fn join(&self, text: &mut String, keys: &str, count: i64) {
         let Self { table, columns, .. } = self;
         let _ = write!(
             text,

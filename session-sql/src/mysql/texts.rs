@@ -532,7 +532,8 @@ fn over(text: &str) -> String {
         };
         let (word, after) = word.split_at(end);
         match word {
-            ":data" => over.push_str("r.d"),
+            // Picked from a list, because a table with bytes of any length would be put on disk.
+            ":data" => over.push_str("ELT(r.n,{data})"),
             ":write" => over.push_str("r.w"),
             // The same for all.
             ":owner" => over.push_str("{owner}"),
