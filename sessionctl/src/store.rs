@@ -259,12 +259,14 @@ impl ServerDsn {
         Self { hosts: address.to_string(), ..self.clone() }
     }
 
-    /// Returns `host:port`, unless there are several, or they do not speak plain TCP.
+    /// Returns `host:port`, unless there are several, or they do not speak plain TCP, or flights are not what the user of this lock
+    /// saves: one in a transaction that stays open takes two of them.
     fn plain_tcp(&self) -> Option<String> {
         let (_, port) = PLAIN_TCP.iter().find(|(scheme, _)| *scheme == self.scheme)?;
         let parsed = Dsn::parse(&self.text()).ok()?;
         match parsed.hosts() {
             _ if parsed.flag("tls").ok()? == Some(true) => None,
+            _ if parsed.option("lock") == Some("transaction") => None,
             [host] if host.rfind(':') > host.rfind(']') => Some(host.clone()),
             [host] => Some(format!("{host}:{port}")),
             _ => None,
