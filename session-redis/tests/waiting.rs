@@ -384,7 +384,8 @@ async fn two_hundred_dropped_opens_leave_no_lock_no_task_no_connection_and_no_wa
         assert_eq!(read(&mut opened).await.as_deref(), Some("old"));
         opened.close().await.unwrap();
     }
-    until("everybody has gone", async || waiters() == 2 && tasks() == tasks_before && clients() == clients_before).await;
+    // Fewer than before is possible: something of the beginning may still have been under way then.
+    until("everybody has gone", async || waiters() == 2 && tasks() <= tasks_before && clients() <= clients_before).await;
     let left = redis.command(&["KEYS", "*:*:*"]).unwrap();
     assert_eq!(left, "", "locks and queues");
 }
