@@ -95,9 +95,18 @@ async fn until(what: &str, mut happened: impl FnMut() -> bool) {
     }
 }
 
-/// The transactions that are open on a server.
-fn transactions(server: &MariaDb) -> usize {
-    server.query("SELECT trx_id FROM information_schema.innodb_trx").unwrap().len()
+/// Waits until so many transactions are open on a server.
+async fn until_open(server: &MariaDb, count: usize) {
+    let end = tokio::time::Instant::now() + SOON;
+    loop {
+        // InnoDB answers from a copy for as long as it is asked more than ten times a second.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let open = server.query("SELECT trx_id FROM information_schema.innodb_trx").unwrap().len();
+        if open == count {
+            return;
+        }
+        assert!(tokio::time::Instant::now() < end, "{open} transactions are open, not {count}");
+    }
 }
 
 fn pool_options(server: &MariaDb) -> MySqlConnectOptions {
@@ -219,7 +228,7 @@ async fn a_thousand_dropped_opens_leave_no_transaction_and_no_connection_less() 
         });
     }
     while tasks.join_next().await.is_some() {}
-    until("the server is at rest", || transactions(&mariadb) == 0).await;
+    until_open(&mariadb, 0).await;
     for id in &ids {
         let mut opened = handler.open(id, &exclusive().expecting(Expect::Any)).await.unwrap();
         assert_eq!(opened.save(&write_of("after"), wid()).await.unwrap(), Written::Applied);
@@ -525,10 +534,10 @@ async fn a_row_that_somebody_keeps_locked_fails_only_its_own_save_and_leaves_not
     let error = opened.save(&write_of("new"), name).await.expect_err("the row is locked");
     assert!(matches!(error.kind(), ErrorKind::Unavailable), "{error:?}");
     assert_eq!(look(&handler, &other).await.as_deref(), Some("other"));
-    until("only somebody's transaction is open", || transactions(&mariadb) == 1).await;
+    until_open(&mariadb, 1).await;
     somebody.query("COMMIT").unwrap();
     assert_eq!(opened.save(&write_of("new"), name).await.unwrap(), Written::Applied);
-    until("no transaction is open", || transactions(&mariadb) == 0).await;
+    until_open(&mariadb, 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -591,5 +600,5 @@ async fn transactions_of_others_that_take_rows_in_any_order_lose_no_save() {
     for troublemaker in troublemakers {
         troublemaker.join().unwrap();
     }
-    until("no transaction is open", || transactions(&mariadb) == 0).await;
+    until_open(&mariadb, 0).await;
 }
