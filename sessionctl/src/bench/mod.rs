@@ -301,10 +301,15 @@ impl<'a> Arena<'a> {
             let payload = self.args.payload as usize;
             // Whatever only a first cycle needs.
             contender.run(1, payload, COUNTED).await?;
-            proxy.reset_counters();
-            let cycles = contender.run(1, payload, COUNTED).await?.waits.len().max(1) as u64;
-            let flights = (proxy.round_trips() + cycles / 2) / cycles;
-            trips.insert(*name, u32::try_from(flights).unwrap_or(u32::MAX));
+            // What a handler does in the background, such as to make the connection that wakes its waiters, can only add to it.
+            let mut fewest = u32::MAX;
+            for _ in 0..3 {
+                proxy.reset_counters();
+                let cycles = contender.run(1, payload, COUNTED).await?.waits.len().max(1) as u64;
+                let flights = (proxy.round_trips() + cycles / 2) / cycles;
+                fewest = fewest.min(u32::try_from(flights).unwrap_or(u32::MAX));
+            }
+            trips.insert(*name, fewest);
         }
         remove(contenders).await?;
         Ok(trips)
