@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use session_core::{Dsn, Error, ErrorKind, Result};
 
-use crate::database::{Database, Owner};
+use crate::database::{Database, Failure, Owner};
 use crate::store::Store;
 
 /// Which database.
@@ -417,7 +417,7 @@ impl SqlConfig {
     pub(crate) async fn connect(self) -> Result<Arc<Store>> {
         self.check()?;
         let owner = Owner::new()?;
-        let connected: Result<Arc<dyn Database>, _> = match &self.server {
+        let connected: Result<Arc<dyn Database>, Failure> = match &self.server {
             #[cfg(feature = "postgres")]
             SqlServer::Postgres(address) => crate::postgres::connect(address, &self, owner).await,
             #[cfg(feature = "mysql")]
@@ -425,7 +425,10 @@ impl SqlConfig {
             #[cfg(feature = "sqlite")]
             SqlServer::Sqlite(path) => crate::sqlite::connect(path, &self, owner).await,
             #[allow(unreachable_patterns, reason = "with every feature there is no other")]
-            other => return Err(config(format!("{other:?} needs a Cargo feature of session-sql that is off"))),
+            other => {
+                let fact = format!("{} needs a Cargo feature of session-sql that is off", other.name());
+                Err(Failure::new(ErrorKind::Config, fact))
+            }
         };
         let database = connected.map_err(|failure| failure.into_error("connect"))?;
         self.begin(database).await
