@@ -221,6 +221,25 @@ impl Proxy {
         self.shared.open.load(Ordering::SeqCst)
     }
 
+    /// Waits until no byte has passed for `length`: what a first use does in the background, such as to make another connection, is
+    /// over then. Returns whether there was such a silence within `limit`.
+    pub async fn silence(&self, length: Duration, limit: Duration) -> bool {
+        let passed = || [Direction::ToServer, Direction::ToClient].map(|way| self.bytes(way));
+        let until = Instant::now() + limit;
+        let (mut last, mut since) = (passed(), Instant::now());
+        loop {
+            sleep_until(since + length).await;
+            let now = passed();
+            if now == last {
+                return true;
+            }
+            (last, since) = (now, Instant::now());
+            if since > until {
+                return false;
+            }
+        }
+    }
+
     /// Sets all counters to zero. A connection stays in the middle of the trip that it is in.
     pub fn reset_counters(&self) {
         let mut rules = self.rules();

@@ -3,6 +3,8 @@
 //! The cases count at a proxy between the handler and its server. What a first use may need besides, such as a connection, is not
 //! counted. Nothing here knows what a flight consists of.
 
+use std::time::Duration;
+
 use session_core::{Expect, OpenRequest, SessionHandler};
 
 use crate::case::suite;
@@ -28,18 +30,22 @@ async fn flights<T>(proxy: &Proxy, step: impl Future<Output = T>) -> (T, u64) {
     (outcome, proxy.round_trips() - before)
 }
 
+/// How long nothing may pass before the counting begins; a handler may make connections in the background.
+const SILENCE: Duration = Duration::from_millis(100);
+
 /// Does everything once that a case counts: the first time may need a connection, or tell the server a script.
-async fn warm_up(env: &Env, handler: &dyn SessionHandler) {
+async fn warm_up(env: &Env, proxy: &Proxy, handler: &dyn SessionHandler) {
     let id = session(env, handler, "first").await;
     let (opened, _) = open_read(handler, &id, env.patient()).await;
     saved(opened, "second").await;
     look(handler, &id).await;
     destroy(handler, &id).await;
+    assert!(proxy.silence(SILENCE, 100 * SILENCE).await, "a handler that nobody uses goes on talking to its server");
 }
 
 async fn open_is_one_flight(env: Env) {
     let (proxy, handler) = env.counted().await;
-    warm_up(&env, &*handler).await;
+    warm_up(&env, &proxy, &*handler).await;
     let id = session(&env, &*handler, "there").await;
     let ((opened, data), count) = flights(&proxy, open_read(&*handler, &id, env.patient())).await;
     assert_eq!(data.as_deref(), Some(&b"there"[..]), "what was read");
@@ -49,7 +55,7 @@ async fn open_is_one_flight(env: Env) {
 
 async fn save_and_close_is_one_flight(env: Env) {
     let (proxy, handler) = env.counted().await;
-    warm_up(&env, &*handler).await;
+    warm_up(&env, &proxy, &*handler).await;
     let id = session(&env, &*handler, "old").await;
     let (opened, _) = open_read(&*handler, &id, env.patient()).await;
     let ((), count) = flights(&proxy, saved(opened, "new")).await;
@@ -61,7 +67,7 @@ async fn save_and_close_is_one_flight(env: Env) {
 
 async fn a_view_is_one_flight(env: Env) {
     let (proxy, handler) = env.counted().await;
-    warm_up(&env, &*handler).await;
+    warm_up(&env, &proxy, &*handler).await;
     let id = session(&env, &*handler, "there").await;
     let (data, count) = flights(&proxy, look(&*handler, &id)).await;
     assert_eq!(data.as_deref(), Some(&b"there"[..]), "what was read");
@@ -70,7 +76,7 @@ async fn a_view_is_one_flight(env: Env) {
 
 async fn a_fresh_id_is_one_flight(env: Env) {
     let (proxy, handler) = env.counted().await;
-    warm_up(&env, &*handler).await;
+    warm_up(&env, &proxy, &*handler).await;
     let id = new_id();
     let (opened, count) = flights(&proxy, open(&*handler, &id, env.patient().expecting(Expect::Fresh))).await;
     assert_eq!(count, 0, "flights of opening a fresh id");
@@ -81,7 +87,7 @@ async fn a_fresh_id_is_one_flight(env: Env) {
 
 async fn a_logout_is_one_flight(env: Env) {
     let (proxy, handler) = env.counted().await;
-    warm_up(&env, &*handler).await;
+    warm_up(&env, &proxy, &*handler).await;
     let id = session(&env, &*handler, "there").await;
     let (mut opened, count) = flights(&proxy, open(&*handler, &id, OpenRequest::destroy())).await;
     assert_eq!(count, 0, "flights of an open to destroy");

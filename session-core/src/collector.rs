@@ -167,6 +167,8 @@ impl Default for Limits {
 /// * Whatever finds a free place in flight is sent at once, by its caller's task. The rest waits until a flight ends, which
 ///   takes the oldest with it. What goes alone is again sent by its caller; a batch of several has a task of its own, on a runtime of
 ///   one of its callers, so that no caller can delay or drop the others.
+/// * A batch goes beside one of its class only if it is as large: a lone operation beside a lone one, but not one beside forty. The
+///   store does nearly the same for a batch of one as for one of forty, and one that waits meets those who come again.
 /// * Saves go before opens. After eight batches of saves that passed a waiting open, one batch of opens goes.
 /// * An operation whose caller has gone is taken out. What waits is therefore bounded by the callers.
 ///
@@ -188,6 +190,7 @@ impl<B: Batch> Collector<B> {
         };
         let state = State {
             in_flight: 0,
+            under_way: [0; 2],
             departing: false,
             passed: 0,
             next: 0,
@@ -259,9 +262,12 @@ struct Shared<B: Batch> {
     state: Mutex<State<B>>,
 }
 
-/// Whenever the mutex is free and something waits in a lane, all places in flight are taken, or somebody is departing.
+/// Whenever the mutex is free and something waits in a lane, all places in flight are taken, or more of its class are under way
+/// than wait, or somebody is departing.
 struct State<B: Batch> {
     in_flight: usize,
+    /// The operations in flight, by class.
+    under_way: [usize; 2],
     /// Somebody sees batches off without the mutex, and will look again for what can go.
     departing: bool,
     /// How many batches of saves in a row have passed an open that waits.
@@ -299,12 +305,12 @@ impl<B: Batch> Shared<B> {
     fn enter(shared: &Arc<Self>, class: Class, key: B::Key, bytes: usize, op: B::Op) -> Entry<B> {
         let mut state = shared.lock();
         let waits = state.sessions.contains_key(&key) || state.lanes.iter().any(|lane| !lane.is_empty());
-        if !waits && state.in_flight < shared.limits.flights {
-            state.in_flight += 1;
+        if !waits && state.in_flight < shared.limits.flights && state.under_way[class as usize] <= 1 {
+            state.set_out(class, 1);
             state.sessions.insert(key.clone(), VecDeque::new());
             drop(state);
             let member = Member::new(op);
-            let place = Place { shared: Arc::clone(shared), key, flight: true };
+            let place = Place { shared: Arc::clone(shared), key, flight: Some(class) };
             return Entry::Now(Lone { place, class, member, failed: None });
         }
         let number = state.next;
@@ -319,17 +325,24 @@ impl<B: Batch> Shared<B> {
                 state.lanes[class as usize].insert(number, waiting);
             }
         }
-        drop(state);
+        Self::see_off(shared, state);
         Entry::Later(Ticket { shared: Arc::clone(shared), number, class, key, answer: Some(answer) })
     }
 
-    /// Gives back `flights` places in flight and the sessions of `keys`, and sends what can go now.
-    fn leave<'k>(self: &Arc<Self>, flights: usize, keys: impl IntoIterator<Item = &'k B::Key>) {
+    /// Gives back the place in flight of so many of a class, and the sessions of `keys`, and sends what can go now.
+    fn leave<'k>(self: &Arc<Self>, flight: Option<(Class, usize)>, keys: impl IntoIterator<Item = &'k B::Key>) {
         let mut state = self.lock();
-        state.in_flight -= flights;
+        if let Some((class, count)) = flight {
+            state.in_flight -= 1;
+            state.under_way[class as usize] -= count;
+        }
         for key in keys {
             state.free(key);
         }
+        self.see_off(state);
+    }
+
+    fn see_off<'s>(self: &'s Arc<Self>, mut state: MutexGuard<'s, State<B>>) {
         // Seeing off may end in here again, once for each batch if a runtime is ending; the stack has no room for that.
         if state.departing {
             return;
@@ -347,12 +360,12 @@ impl<B: Batch> Shared<B> {
         if batch.len() == 1 {
             let Waiting { class, key, op, caller, .. } = batch.remove(0);
             let member = Member::new(op);
-            let place = Place { shared: Arc::clone(self), key, flight: true };
+            let place = Place { shared: Arc::clone(self), key, flight: Some(class) };
             // A caller who has gone leaves the place to the next, by dropping it.
             let _ = caller.send(Verdict::Alone(Lone { place, class, member, failed: None }));
             return;
         }
-        let class = batch[0].class;
+        let (class, count) = (batch[0].class, batch.len());
         let runtime = batch[0].runtime.take().expect("a batch of several begins with a caller on a runtime");
         let (mut members, mut callers) = (Vec::with_capacity(batch.len()), Vec::with_capacity(batch.len()));
         for Waiting { key, op, caller, .. } in batch {
@@ -361,7 +374,17 @@ impl<B: Batch> Shared<B> {
         }
         // If this runtime is ending, the task is dropped unpolled, and the flight lands by its `Drop`.
         runtime.spawn(
-            Flight { shared: Arc::clone(self), class, members, callers, sent: false, landed: false, done: Vec::new() }.fly(),
+            Flight {
+                shared: Arc::clone(self),
+                class,
+                count,
+                members,
+                callers,
+                sent: false,
+                landed: false,
+                done: Vec::new(),
+            }
+            .fly(),
         );
     }
 
@@ -377,19 +400,19 @@ impl<B: Batch> State<B> {
         if self.in_flight >= limits.flights {
             return None;
         }
-        let [saves, opens] = &mut self.lanes;
-        let lane = match (saves.is_empty(), opens.is_empty()) {
-            (true, true) => return None,
-            (false, true) => saves,
-            (false, false) if self.passed < PASSED => {
+        let class = match [Class::Save, Class::Open].map(|class| self.is_due(class)) {
+            [false, false] => return None,
+            [true, _] if self.lanes[Class::Open as usize].is_empty() => Class::Save,
+            [true, due] if !due || self.passed < PASSED => {
                 self.passed += 1;
-                saves
+                Class::Save
             }
-            (_, false) => {
+            _ => {
                 self.passed = 0;
-                opens
+                Class::Open
             }
         };
+        let lane = &mut self.lanes[class as usize];
         let (_, first) = lane.pop_first()?;
         let mut bytes = first.bytes;
         // Without a runtime nobody could drive a batch of several.
@@ -404,8 +427,20 @@ impl<B: Batch> State<B> {
             }
             batch.push(next.remove());
         }
-        self.in_flight += 1;
+        self.set_out(class, batch.len());
         Some(batch)
+    }
+
+    /// Whether what waits of this class goes as soon as there is a place. A second batch beside one under way only goes if it is
+    /// as large: the store does the same work for a small one, and those in the first come again soon.
+    fn is_due(&self, class: Class) -> bool {
+        let waiting = self.lanes[class as usize].len();
+        waiting > 0 && waiting >= self.under_way[class as usize]
+    }
+
+    fn set_out(&mut self, class: Class, count: usize) {
+        self.in_flight += 1;
+        self.under_way[class as usize] += count;
     }
 
     /// Ends an operation of this session: the next one may go.
@@ -466,12 +501,13 @@ impl<B: Batch> Drop for Ticket<B> {
 struct Place<B: Batch> {
     shared: Arc<Shared<B>>,
     key: B::Key,
-    flight: bool,
+    /// Of which class, if it has a place in flight.
+    flight: Option<Class>,
 }
 
 impl<B: Batch> Drop for Place<B> {
     fn drop(&mut self) {
-        self.shared.leave(usize::from(self.flight), [&self.key]);
+        self.shared.leave(self.flight.map(|class| (class, 1)), [&self.key]);
     }
 }
 
@@ -501,8 +537,8 @@ impl<B: Batch> Lone<B> {
                 Ok(Reply::Skipped) => {
                     self.member.skipped = true;
                     // It waits for somebody's row now; nobody else shall wait for that.
-                    if mem::take(&mut self.place.flight) {
-                        self.place.shared.leave(1, []);
+                    if let Some(class) = self.place.flight.take() {
+                        self.place.shared.leave(Some((class, 1)), []);
                     }
                 }
                 Err(error) => return judge(self.class, self.member.repeat, Err(error)),
@@ -513,8 +549,8 @@ impl<B: Batch> Lone<B> {
     async fn ask(&self) -> Result<Reply<B::Outcome>> {
         let shared = &*self.place.shared;
         let _permit = match self.place.flight {
-            true => None,
-            false => Some(shared.again.acquire().await.expect("the semaphore is never closed")),
+            Some(_) => None,
+            None => Some(shared.again.acquire().await.expect("the semaphore is never closed")),
         };
         if let Some(failed) = &self.failed {
             failed.check()?;
@@ -561,6 +597,8 @@ impl Failed {
 struct Flight<B: Batch> {
     shared: Arc<Shared<B>>,
     class: Class,
+    /// How many set out; some of them may have been taken out since.
+    count: usize,
     members: Vec<Member<B::Op>>,
     callers: Vec<(B::Key, oneshot::Sender<Verdict<B>>)>,
     sent: bool,
@@ -602,7 +640,7 @@ impl<B: Batch> Flight<B> {
             }
         }
         if !gone.is_empty() {
-            self.shared.leave(0, &gone);
+            self.shared.leave(None, &gone);
         }
     }
 
@@ -645,7 +683,7 @@ impl<B: Batch> Flight<B> {
                     Verdict::Done(result)
                 }
                 None => {
-                    let place = Place { shared: Arc::clone(&self.shared), key, flight: false };
+                    let place = Place { shared: Arc::clone(&self.shared), key, flight: None };
                     Verdict::Alone(Lone { place, class: self.class, member: again(member), failed: failed.cloned() })
                 }
             };
@@ -661,7 +699,7 @@ impl<B: Batch> Drop for Flight<B> {
         if !self.landed {
             self.scatter(self.sent);
         }
-        self.shared.leave(1, &self.done);
+        self.shared.leave(Some((self.class, self.count)), &self.done);
     }
 }
 

@@ -267,6 +267,46 @@ async fn each_open_is_passed_by_eight_batches_of_saves_and_no_more() {
     }
 }
 
+#[tokio::test]
+async fn a_second_batch_goes_beside_one_of_its_class_as_soon_as_it_is_as_large() {
+    let collector = obedient();
+    let lone = occupy(&collector).await;
+    let mut saves: Vec<_> = (0..10).map(|n| submit(&collector, Save, n)).collect();
+    settle().await;
+    let_in(&collector, 2).await;
+    saves.extend((10..19).map(|n| submit(&collector, Save, n)));
+    settle().await;
+    assert_eq!(numbers(&collector), [(0..10).collect::<Vec<_>>()], "nine do not go beside ten, though there is a place");
+    saves.push(submit(&collector, Save, 19));
+    settle().await;
+    assert_eq!(numbers(&collector)[1..], [(10..20).collect::<Vec<_>>()], "ten do");
+    let_in(&collector, 2).await;
+    for task in saves.into_iter().chain(lone) {
+        task.await.unwrap().unwrap();
+    }
+    assert!(is_idle(&collector));
+}
+
+#[tokio::test]
+async fn whoever_waits_beside_a_large_batch_of_his_class_keeps_nobody_of_the_other_and_goes_when_it_lands() {
+    let collector = obedient();
+    let lone = occupy(&collector).await;
+    let mut tasks: Vec<_> = (0..10).map(|n| submit(&collector, Save, n)).collect();
+    settle().await;
+    let_in(&collector, 2).await;
+    tasks.push(submit(&collector, Save, 10));
+    tasks.push(submit(&collector, Open, 11));
+    settle().await;
+    assert_eq!(numbers(&collector)[1..], [[11]]);
+    let_in(&collector, 1).await;
+    assert_eq!(numbers(&collector)[1..], [[11], [10]]);
+    let_in(&collector, 2).await;
+    for task in tasks.into_iter().chain(lone) {
+        task.await.unwrap().unwrap();
+    }
+    assert!(is_idle(&collector));
+}
+
 fn one_flight() -> Limits {
     let mut limits = Limits::default();
     limits.flights = 1;
@@ -385,7 +425,7 @@ async fn a_lone_caller_who_goes_gives_his_place_to_those_who_wait() {
     first.abort();
     settle().await;
     assert_eq!(numbers(&collector), [[1, 2]]);
-    let next = submit(&collector, Save, 3);
+    let next = submit(&collector, Open, 3);
     settle().await;
     second.abort();
     settle().await;
