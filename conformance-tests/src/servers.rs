@@ -22,12 +22,13 @@
 //! | [`RedisCluster::start`] | masters and their replicas | 2 s, and a failover 2 to 3 s |
 //! | [`RedisSentinel::start`] | a master, two replicas, three sentinels | 1 s, and a failover 3 s |
 //! | [`Postgres::start`], [`MariaDb::start`] | one server | 0.1 to 0.2 s, the first time 1 s more |
+//! | [`Memcached::start`], [`Memcached::start_newer`] | one server, in the version of the machine or in a newer one | 20 ms |
 //! | [`PgBouncer::start`] | what many clients share a PostgreSQL server through | 20 ms |
 //!
 //! Each of the many servers of a cluster and of the sentinels is a [`Redis`] again, to be frozen, killed and restarted by itself.
 //!
 //! The data of an SQL server is a copy of what the first one has made, beside the test executable, for its version and its account.
-//! SQL servers refuse to be root: if we are, they are `postgres`, `mysql` or `nobody`.
+//! Some servers refuse to be root: if we are, they are `postgres`, `mysql`, `memcache` or `nobody`.
 //!
 //! All calls block their thread and work with and without a runtime around them. All take
 //! `&self`, so that a server can be shared.
@@ -79,6 +80,8 @@
 mod certificates;
 mod mariadb;
 mod mariadb_wire;
+mod memcached;
+mod memcached_wire;
 mod pgbouncer;
 mod postgres;
 mod postgres_wire;
@@ -92,6 +95,8 @@ mod template;
 
 pub use mariadb::MariaDb;
 pub use mariadb_wire::MariaDbConnection;
+pub use memcached::Memcached;
+pub use memcached_wire::{MemcachedConnection, MemcachedItem};
 pub use pgbouncer::PgBouncer;
 pub use postgres::Postgres;
 pub use postgres_wire::PostgresConnection;

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use conformance_tests::servers::{MariaDb, PgBouncer, Postgres, Redis, RedisCluster, RedisSentinel};
+use conformance_tests::servers::{MariaDb, Memcached, PgBouncer, Postgres, Redis, RedisCluster, RedisSentinel};
 
 const SOON: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_secs(20);
@@ -659,6 +659,147 @@ fn pgbouncer_and_the_server_behind_it_stand_still_and_end_each_by_itself() -> io
     Ok(())
 }
 
+/// One of each version.
+fn both(options: &[&str]) -> io::Result<[Memcached; 2]> {
+    Ok([Memcached::start(options)?, Memcached::start_newer(options)?])
+}
+
+#[test]
+fn memcached_answers_on_its_port_in_both_versions() -> io::Result<()> {
+    for memcached in both(&[])? {
+        assert_eq!(memcached.url(), format!("memcache://{}", memcached.address()));
+        let mut connection = memcached.connect()?;
+        assert_eq!(connection.get("color")?, None);
+        connection.set("color", 7, 60, b"two\r\nlines")?;
+        let item = connection.get("color")?.expect("it was just stored");
+        assert_eq!((item.flags, item.data.as_slice()), (7, b"two\r\nlines".as_slice()));
+        connection.set("a:b%c", 0, 0, b"")?;
+        let mut keys = connection.keys()?;
+        keys.sort_unstable();
+        assert_eq!(keys, ["a:b%c", "color"]);
+        assert!(connection.delete("color")? && !connection.delete("color")?);
+        assert_eq!(memcached.get("color")?, None);
+        let refused = connection.ask("get").expect_err("a key is missing");
+        assert!(refused.to_string().contains("ERROR"), "{refused}");
+        let stats = connection.stats("")?;
+        assert_eq!(stats["version"], memcached.version()?);
+        assert_eq!(stats["pid"], memcached.pid().expect("it runs").to_string());
+        assert_eq!(stats["curr_items"], "1");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_newer_memcached_takes_the_number_of_a_change_from_its_client() -> io::Result<()> {
+    let memcached = Memcached::start_newer(&[])?;
+    let mut connection = memcached.connect()?;
+    assert_eq!(connection.ask("ms color 5 E77 c\r\ngreen")?, "HD c77");
+    assert_eq!(connection.get("color")?.map(|item| item.cas), Some(77));
+    Ok(())
+}
+
+#[test]
+fn an_option_of_memcached_is_one_of_its_command_line() -> io::Result<()> {
+    let memcached = Memcached::start(&["-m 8", "-I 2m"])?;
+    let settings = memcached.stats("settings")?;
+    assert_eq!((settings["maxbytes"].as_str(), settings["item_size_max"].as_str()), ("8388608", "2097152"));
+    let refused = Memcached::start(&["-I 1"]).expect_err("an item has more bytes than that");
+    assert!(refused.to_string().contains("tem max size cannot be less than"), "{refused}");
+    Ok(())
+}
+
+#[test]
+fn a_flood_of_memcached_evicts_what_is_not_read() -> io::Result<()> {
+    for memcached in both(&["-m 2"])? {
+        let mut connection = memcached.connect()?;
+        connection.set("old", 0, 0, &[b'x'; 100])?;
+        connection.flood((0..20_000).map(|number| format!("new-{number}")), &[b'x'; 100])?;
+        assert_eq!(connection.get("old")?, None);
+        assert!(connection.get("new-19999")?.is_some());
+        assert_ne!(connection.stats("")?["evictions"], "0");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_memcached_with_a_password_lets_in_who_knows_it() -> io::Result<()> {
+    let memcached = Memcached::start_with_password(&[])?;
+    assert_eq!(memcached.url(), format!("memcache://sessionkit:conformance@{}", memcached.address()));
+    memcached.connect()?.set("color", 0, 0, b"green")?;
+    assert!(memcached.get("color")?.is_some());
+    let mut stranger = BufReader::new(TcpStream::connect(memcached.address())?);
+    stranger.get_mut().set_read_timeout(Some(LONG))?;
+    assert!(ask(&mut stranger, "get color")?.starts_with("CLIENT_ERROR"));
+    assert!(!format!("{memcached:?}").contains("conformance"));
+    memcached.restart()
+}
+
+#[test]
+fn no_memcached_is_root() -> io::Result<()> {
+    for memcached in both(&[])? {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", memcached.pid().expect("it runs")))?;
+        let users = status.lines().find_map(|line| line.strip_prefix("Uid:")).expect("it is somebody");
+        assert!(users.split_whitespace().all(|user| user != "0"), "{users}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_frozen_memcached_accepts_and_says_nothing_until_it_goes_on() -> io::Result<()> {
+    let memcached = Arc::new(Memcached::start(&[])?);
+    let mut before = memcached.connect()?;
+    before.set("color", 0, 0, b"green")?;
+    memcached.freeze()?;
+    assert!(!memcached.is_up());
+    let shared = Arc::clone(&memcached);
+    assert!(says_nothing(move || drop(shared.get("color"))), "a new connection is answered");
+    let asking = std::thread::spawn(move || before.get("color"));
+    std::thread::sleep(SOON);
+    assert!(!asking.is_finished(), "an old connection is answered");
+    memcached.resume()?;
+    assert_eq!(asking.join().expect("it does not panic")?.map(|item| item.data), Some(b"green".to_vec()));
+    Ok(())
+}
+
+#[test]
+fn a_memcached_that_ended_refuses_and_comes_back_at_its_place_and_empty() -> io::Result<()> {
+    for memcached in both(&[])? {
+        let ends: [(&str, &dyn Fn() -> io::Result<()>); 4] = [
+            ("killed", &|| memcached.kill()),
+            ("stopped", &|| memcached.stop()),
+            ("frozen and killed", &|| memcached.freeze().and_then(|()| memcached.kill())),
+            ("frozen and stopped", &|| memcached.freeze().and_then(|()| memcached.stop())),
+        ];
+        for (name, end) in ends {
+            let (address, pid) = (memcached.address(), memcached.pid());
+            let mut connection = memcached.connect()?;
+            connection.set("color", 0, 0, b"green")?;
+            end()?;
+            memcached.kill()?;
+            memcached.stop()?;
+            assert_eq!((memcached.pid(), memcached.is_up()), (None, false), "{name}");
+            assert!(connection.get("color").is_err(), "{name}");
+            assert_eq!(TcpStream::connect(address).expect_err("nobody listens").kind(), io::ErrorKind::ConnectionRefused);
+            assert_eq!(memcached.freeze().expect_err("nobody is there").kind(), io::ErrorKind::NotConnected);
+            memcached.restart()?;
+            assert_eq!(memcached.address(), address);
+            assert_ne!(memcached.pid(), pid);
+            assert_eq!(memcached.get("color")?, None, "{name}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_port_that_somebody_else_took_from_memcached_is_told() -> io::Result<()> {
+    let memcached = Memcached::start(&[])?;
+    memcached.kill()?;
+    let thief = TcpListener::bind(memcached.address())?;
+    assert_eq!(memcached.restart().expect_err("the port is taken").kind(), io::ErrorKind::AddrInUse);
+    drop(thief);
+    memcached.restart()
+}
+
 #[test]
 fn sql_servers_of_the_same_moment_do_not_meet() -> io::Result<()> {
     let start = |number: usize| {
@@ -862,6 +1003,30 @@ fn nothing_is_left_of_a_mariadb_whose_test_is_killed() -> io::Result<()> {
         eventually(&format!("{part}: the end of the server"), || !runs(pid));
         eventually(&format!("{part}: the end of its directory"), || !Path::new(directory).exists());
     }
+    Ok(())
+}
+
+#[test]
+fn nothing_is_left_of_a_memcached_whose_test_is_killed() -> io::Result<()> {
+    let test = "nothing_is_left_of_a_memcached_whose_test_is_killed";
+    if std::env::var_os(PART).is_some() {
+        let [older, newer] = both(&[])?;
+        newer.freeze()?;
+        let [older, newer] = [&older, &newer].map(|one| format!("{} {}", one.pid().unwrap_or(0), one.directory().display()));
+        tell(&format!("{older} {newer}"));
+        loop {
+            std::thread::park();
+        }
+    }
+    let mut parent = start_part(test, "both").spawn()?;
+    let words = told(parent.stdout.take().expect("it was piped"));
+    let [older, its, newer, others] = words.split(' ').collect::<Vec<_>>()[..] else { panic!("told {words}") };
+    let pids = [older, newer].map(|pid| pid.parse().expect("a number"));
+    assert!(pids.into_iter().all(runs));
+    parent.kill()?;
+    parent.wait()?;
+    eventually("the end of both servers", || !pids.into_iter().any(runs));
+    eventually("the end of their directories", || ![its, others].into_iter().any(|place| Path::new(place).exists()));
     Ok(())
 }
 

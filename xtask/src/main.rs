@@ -54,6 +54,7 @@ fn main() -> ExitCode {
 fn test(steps: &mut Steps, root: &Path) -> Result<(), Failure> {
     let crates: Vec<_> = manifest::packages(root).into_iter().map(|package| package.name).collect();
     tools::install_debian_packages(steps, &crates)?;
+    tools::unpack_newer_memcached(steps)?;
     tools::install_cargo_tool(steps, CargoTool::Nextest)?;
     steps.run("test", &cargo("nextest run --workspace --all-features --locked --no-tests=fail"))?;
     // Doctests are not among the tests that nextest knows.

@@ -24,6 +24,7 @@ const PROGRAMS: &[Program] = &[
     // The server alone, without a service and without a database of its own.
     Program { name: "mariadbd", package: "mariadb-server-core", tests_of: "conformance-tests" },
     Program { name: "pgbouncer", package: "pgbouncer", tests_of: "conformance-tests" },
+    Program { name: "memcached", package: "memcached", tests_of: "conformance-tests" },
     Program { name: "redis-server", package: "redis-server", tests_of: "session-redis" },
     Program { name: "memcached", package: "memcached", tests_of: "session-memcache" },
     Program { name: "postgres", package: "postgresql", tests_of: "session-sql" },
@@ -62,6 +63,19 @@ pub(crate) fn install_debian_packages(steps: &mut Steps, crates: &[String]) -> R
         install = install.arg(package);
     }
     steps.run("packages", &install)
+}
+
+/// Unpacks a memcached that is newer than the machine's, in the target directory, where the tests look for it; if there is one
+/// already, it says so.
+pub(crate) fn unpack_newer_memcached(steps: &mut Steps) -> Result<(), Failure> {
+    let place = target_directory().join("memcached");
+    steps.run("newer memcached", &command("sh xtask/newer-memcached.sh").arg(&place.to_string_lossy()))
+}
+
+/// Returns the directory that cargo builds in: this program was.
+fn target_directory() -> PathBuf {
+    let executable = std::env::current_exe().unwrap_or_default();
+    executable.ancestors().nth(2).unwrap_or(Path::new("target")).into()
 }
 
 /// Returns where a program is.
@@ -152,7 +166,9 @@ mod tests {
 
     #[test]
     fn what_installs_is_shell() {
-        let checked = std::process::Command::new("sh").args(["-n", "-c", INSTALL]).status().unwrap();
-        assert!(checked.success());
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/newer-memcached.sh");
+        for words in [&["-n", "-c", INSTALL][..], &["-n", script]] {
+            assert!(std::process::Command::new("sh").args(words).status().unwrap().success(), "{words:?}");
+        }
     }
 }

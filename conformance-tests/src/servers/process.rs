@@ -116,12 +116,20 @@ impl Account {
     /// # Errors
     /// `NotFound` if none does.
     pub(super) fn unprivileged(names: &[&str]) -> io::Result<Self> {
+        Ok(Self::unprivileged_user(names)?.map_or(Self::Ours, |user| Self::Other(user.uid, user.gid)))
+    }
+
+    /// Chooses the same, for a server that wants to be told its name; `None` is ours.
+    ///
+    /// # Errors
+    /// As [`unprivileged`](Self::unprivileged).
+    pub(super) fn unprivileged_user(names: &[&str]) -> io::Result<Option<User>> {
         if !Uid::effective().is_root() {
-            return Ok(Self::Ours);
+            return Ok(None);
         }
         for name in names {
             if let Some(user) = User::from_name(name)? {
-                return Ok(Self::Other(user.uid, user.gid));
+                return Ok(Some(user));
             }
         }
         Err(io::Error::new(io::ErrorKind::NotFound, format!("none of the users {} exists", names.join(", "))))
@@ -234,8 +242,13 @@ pub(super) struct Server {
 impl Server {
     /// Prepares a server that is to run in `directory`, which is its own and removed with it.
     pub(super) fn new(program: &Program, directory: TempDir, arguments: Vec<String>) -> io::Result<Self> {
-        Ok(Self {
-            program: program.find()?,
+        Ok(Self::of(program.find()?, directory, arguments))
+    }
+
+    /// Does the same with a program that was found elsewhere.
+    pub(super) fn of(program: PathBuf, directory: TempDir, arguments: Vec<String>) -> Self {
+        Self {
+            program,
             arguments,
             account: Account::Ours,
             last_rites: "",
@@ -243,7 +256,7 @@ impl Server {
             process: Mutex::new(None),
             directory,
             watchman: Mutex::new(None),
-        })
+        }
     }
 
     /// Has it run as somebody else, who can write to its directory.
