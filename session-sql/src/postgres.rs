@@ -4,6 +4,7 @@
 //! is when it gets it, which needs READ COMMITTED: our own connections are set to it, on those of an application another level
 //! only makes statements fail that are then repeated. How waiters are woken stands in `postgres/listener.rs`.
 
+mod batch;
 mod errors;
 mod listener;
 mod server;
@@ -141,26 +142,6 @@ impl Postgres {
         Err(restless())
     }
 
-    async fn enter_many(&self, entries: &[Enter], sql: &SqlStr) -> Result<Vec<Option<Entered>>, Failure> {
-        let want = |want| match want {
-            Want::Existing => 0_i16,
-            Want::Any => 1,
-            Want::Lock => 2,
-        };
-        let arguments = Parameters::new()
-            .add(list(entries, |entry| &*entry.key))?
-            .add(list(entries, |entry| bytes(entry.token)))?
-            .add(list(entries, |entry| entry.lease))?
-            .add(list(entries, |entry| entry.book))?
-            .add(list(entries, |entry| want(entry.want)))?
-            .add(list(entries, |entry| entry.probe))?
-            .add(&*self.owner.text)?
-            .add(self.process())?
-            .add(self.owner.process)?;
-        let rows = self.ask(sql, arguments).await?;
-        rows.iter().map(|row| entered(row, true)).collect()
-    }
-
     /// Does a change of one session by its lean statement; says `None` if that found nothing to change.
     async fn change_one(&self, change: &Alter) -> Result<Option<Verdict>, Failure> {
         if let (Basis::Written(prev), Action::Write { id, .. }) = (change.basis, &change.action)
@@ -199,47 +180,6 @@ impl Postgres {
         };
         Ok((!rows.is_empty()).then_some(Verdict::Applied))
     }
-
-    async fn change_many(&self, changes: &[Alter], sql: &SqlStr) -> Result<Vec<Option<Verdict>>, Failure> {
-        let basis = |basis| match basis {
-            Basis::Unseen => (0_i16, None),
-            Basis::Absent { mark } => (1, mark.map(|mark| mark.to_bytes().to_vec())),
-            Basis::Written(prev) => (2, Some(prev.to_bytes().to_vec())),
-        };
-        let ttl = |action: &Action| match action {
-            Action::Write { ttl, .. } | Action::Touch { ttl } => length(*ttl),
-        };
-        let written = |action: &Action| match action {
-            Action::Write { id, .. } => Some(id.to_bytes().to_vec()),
-            Action::Touch { .. } => None,
-        };
-        let arguments = Parameters::new()
-            .add(list(changes, |change| &*change.key))?
-            .add(list(changes, |change| change.token.map(bytes)))?
-            .add(list(changes, |change| change.lease))?
-            .add(list(changes, |change| basis(change.basis).0))?
-            .add(list(changes, |change| basis(change.basis).1))?
-            .add(list(changes, |change| written(&change.action)))?
-            .add(list(changes, |change| match &change.action {
-                Action::Write { data, .. } => Some(&**data),
-                Action::Touch { .. } => None,
-            }))?
-            .add(list(changes, |change| ttl(&change.action)))?
-            .add(list(changes, |change| change.then == Then::Close))?
-            .add(&*self.owner.text)?
-            .add(self.process())?;
-        let rows = self.ask(sql, arguments).await?;
-        let verdict = |row: &PgRow| {
-            Ok(match field::<i16>(row, 0)? {
-                0 => Some(Verdict::Refused),
-                1 => Some(Verdict::Applied),
-                2 => Some(Verdict::AlreadyApplied),
-                3 => Some(Verdict::Gone),
-                _ => None,
-            })
-        };
-        rows.iter().map(verdict).collect()
-    }
 }
 
 impl fmt::Debug for Postgres {
@@ -254,27 +194,27 @@ impl Database for Postgres {
         self.listener.start();
         match entries {
             [entry] if entry.book == 0 && !entry.probe => Ok(vec![self.enter_one(entry).await?]),
-            [_] => {
+            [entry] => {
                 for _ in 0..TURNS {
-                    let entered = self.enter_many(entries, &self.statements.enter.alone).await?;
+                    let entered = self.judge_entries(&[entry], &self.statements.enter.alone).await?;
                     if entered.iter().any(Option::is_some) {
                         return Ok(entered);
                     }
                 }
                 Err(restless())
             }
-            _ => self.enter_many(entries, &self.statements.enter.batch).await,
+            _ => self.enter_many(entries).await,
         }
     }
 
     async fn change(&self, changes: &[Alter]) -> Result<Vec<Option<Verdict>>, Failure> {
-        let [change] = changes else { return self.change_many(changes, &self.statements.change.batch).await };
+        let [change] = changes else { return self.change_many(changes).await };
         let mut turns = 0;
         if let Some(verdict) = self.change_one(change).await? {
             return Ok(vec![Some(verdict)]);
         }
         loop {
-            let verdicts = self.change_many(changes, &self.statements.change.alone).await?;
+            let verdicts = self.judge_changes(&[change], &self.statements.change.alone).await?;
             if verdicts.iter().any(Option::is_some) {
                 return Ok(verdicts);
             }
