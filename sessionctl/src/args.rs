@@ -32,20 +32,30 @@ Exit status:
 Example:
   sessionctl incr file:///srv/sessions $ID visits --times 100";
 
-/// Checks a session store, hammers it, looks into it, measures it.
+/// Checks a session store, hammers it, looks into it, measures it. Without a command it opens the lab.
 #[derive(Debug, Parser)]
 #[command(name = "sessionctl", version, about, after_help = AFTER_HELP, max_term_width = 100)]
-#[command(arg_required_else_help = true, subcommand_required = true, infer_subcommands = false)]
+#[command(infer_subcommands = false)]
 pub(crate) struct Cli {
     /// One JSON object per line on stdout, and nothing else there
     #[arg(long, global = true)]
     pub(crate) json: bool,
     #[command(subcommand)]
-    pub(crate) command: Command,
+    pub(crate) command: Option<Command>,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Shows the lost update, and shows it gone: a page that runs parallel requests on a real store
+    ///
+    /// Prints the address of the page and serves it until it is told to end (Ctrl-C). Without --dsn it offers files and SQLite in a
+    /// temporary directory, which goes with it, and memory. Every address of the page answers with its numbers as JSON if it is
+    /// asked for application/json, or with ?format=json. It answers no page but its own: requests of other origins and sites, and
+    /// those sent to another name than the one it listens at, are refused. Ids and payloads never leave it.
+    #[command(
+        after_help = "Examples:\n  sessionctl lab\n  sessionctl lab --dsn redis://127.0.0.1/0 --dsn 'postgres://me:pw@127.0.0.1/app?create=on'\n  curl 'http://127.0.0.1:3000/?format=json'"
+    )]
+    Lab(LabArgs),
     /// Holds a store to the contract: the conformance suite, case by case
     ///
     /// Each case runs in a namespace of its own: for file:// a fresh directory inside the given one, removed at the end; for a
@@ -182,6 +192,25 @@ impl Part {
             Self::Hammer => "hammer",
         };
         ["__worker", part]
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LabArgs {
+    /// A store to offer; may be given several times. Those that do not answer are asked again when the page is opened
+    #[arg(long = "dsn", value_name = "DSN")]
+    pub(crate) dsns: Vec<String>,
+    /// The port to listen at; 0 takes a free one
+    #[arg(long, default_value_t = 3000)]
+    pub(crate) port: u16,
+    /// The address to listen at
+    #[arg(long, default_value = "127.0.0.1")]
+    pub(crate) host: String,
+}
+
+impl Default for LabArgs {
+    fn default() -> Self {
+        Self { dsns: Vec::new(), port: 3000, host: "127.0.0.1".into() }
     }
 }
 

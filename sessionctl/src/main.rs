@@ -8,6 +8,7 @@ mod bench;
 mod check;
 mod failure;
 mod hammer;
+mod lab;
 mod output;
 mod session;
 mod store;
@@ -23,7 +24,7 @@ use clap_complete::Shell;
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::args::{Cli, Command};
+use crate::args::{Cli, Command, LabArgs};
 use crate::failure::Failure;
 use crate::output::{Output, escape};
 use crate::store::redact;
@@ -38,7 +39,9 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return report(&Failure::Local("start".into(), error)),
     };
-    let outcome = runtime.block_on(until_told_to_end(cli.command, &out));
+    // What somebody wants who has typed nothing else: to see what this is about.
+    let command = cli.command.unwrap_or_else(|| Command::Lab(LabArgs::default()));
+    let outcome = runtime.block_on(until_told_to_end(command, &out));
     // What still runs has been abandoned by then: a task that waits for a lock, a thread in a measurement.
     runtime.shutdown_timeout(Duration::from_millis(100));
     match outcome {
@@ -49,8 +52,8 @@ fn main() -> ExitCode {
 
 /// Runs the command; a signal drops it where it stands, so that what it made in the store is removed.
 async fn until_told_to_end(command: Command, out: &Output) -> Result<(), Failure> {
-    if matches!(command, Command::Hold(_)) {
-        // It gives its lock back first.
+    if matches!(command, Command::Hold(_) | Command::Lab(_)) {
+        // They give their locks back first.
         return run(command, out).await;
     }
     let mut terminate = signal(SignalKind::terminate()).map_err(Failure::local("listen for signals"))?;
@@ -64,6 +67,7 @@ async fn until_told_to_end(command: Command, out: &Output) -> Result<(), Failure
 
 async fn run(command: Command, out: &Output) -> Result<(), Failure> {
     match command {
+        Command::Lab(args) => lab::lab(args, out).await,
         Command::Check(args) => check::check(args, out).await,
         Command::Hammer(args) => hammer::hammer(args, out).await,
         Command::Get(args) => session::get(args, out).await,

@@ -297,6 +297,11 @@ pub(crate) struct FileDsn {
 }
 
 impl FileDsn {
+    /// No options at all.
+    pub(crate) fn plain() -> Self {
+        Self { query: None }
+    }
+
     /// Returns the DSN of `directory` with these options.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ mod bench;
 mod check;
 mod crash;
 mod hammer;
+mod lab;
 mod redis;
 mod session;
 mod sql;

@@ -5,8 +5,8 @@ use std::process::Stdio;
 
 use crate::{Answer, Store, new_id, run, sessionctl};
 
-const COMMANDS: [&str; 13] =
-    ["check", "hammer", "get", "set", "incr", "hold", "rm", "ls", "locks", "unlock", "gc", "bench", "completions"];
+const COMMANDS: [&str; 14] =
+    ["lab", "check", "hammer", "get", "set", "incr", "hold", "rm", "ls", "locks", "unlock", "gc", "bench", "completions"];
 
 #[test]
 fn every_command_explains_itself_with_an_example() {
@@ -25,7 +25,6 @@ fn wrong_words_end_with_two_and_leave_stdout_empty() {
     let id = new_id();
     for words in [
         &["frobnicate"][..],
-        &[],
         &["get"],
         &["gc", "memory://", "--limit", "0"],
         &["incr", "memory://", &id, "n", "--times", "0"],
@@ -34,6 +33,8 @@ fn wrong_words_end_with_two_and_leave_stdout_empty() {
         &["hammer", "memory://", "--ops", "5", "--seconds", "5"],
         &["hammer", "memory://", "--access", "sometimes"],
         &["completions", "cobol"],
+        &["lab", "memory://"],
+        &["lab", "--port", "70000"],
         &["set", "memory://", &id, "k"],
     ] {
         let answer = run(words);
