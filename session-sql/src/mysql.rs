@@ -27,6 +27,7 @@ use crate::transaction::Transactions;
 use anchor::Anchor;
 use batch::Batch;
 use front::Fronts;
+use lean::Lean;
 use link::{Given, Link, bytes, flag, id, number, text};
 use texts::{Access, Lock, Texts};
 
@@ -34,6 +35,7 @@ mod anchor;
 mod batch;
 mod errors;
 mod front;
+mod lean;
 mod link;
 mod schema;
 mod texts;
@@ -55,6 +57,7 @@ pub(crate) struct MySql {
     strict: bool,
     /// Whether the server knows how to pass by a row that somebody has locked.
     skips: AtomicBool,
+    lean: Lean,
 }
 
 /// Connects to a server.
@@ -99,6 +102,7 @@ impl MySql {
             owner,
             strict: config.strict_expiry,
             skips: AtomicBool::new(false),
+            lean: Lean::default(),
         }
     }
 
@@ -243,6 +247,19 @@ impl MySql {
     }
 
     async fn enter_joined(&self, entries: &[&Enter]) -> Result<Vec<Option<Entered>>, Failure> {
+        let mut entered = self.enter_free(entries).await?;
+        let rest: Vec<_> = (0..entries.len()).filter(|at| entered[*at].is_none()).collect();
+        if !rest.is_empty() {
+            // If this fails, those who were let in ask again, and are let in again.
+            let again: Vec<_> = rest.iter().map(|at| entries[*at]).collect();
+            for (at, outcome) in rest.into_iter().zip(self.enter_careful(&again).await?) {
+                entered[at] = outcome;
+            }
+        }
+        Ok(entered)
+    }
+
+    async fn enter_careful(&self, entries: &[&Enter]) -> Result<Vec<Option<Entered>>, Failure> {
         let text = self.batch.enter(entries, &self.owner.text, self.anchor.held());
         let answers = self.link.fly(text).await?;
         let rows = answers.last().map_or(&[][..], |answer| &answer.rows);
@@ -261,6 +278,22 @@ impl MySql {
 
     /// Whoever has no outcome was refused, passed by, or had been applied before; alone he is told which.
     async fn change_joined(&self, changes: &[&Alter]) -> Result<Vec<Option<Verdict>>, Failure> {
+        let mut verdicts = self.change_held(changes).await?;
+        let rest: Vec<_> = (0..changes.len()).filter(|at| verdicts[*at].is_none()).collect();
+        if !rest.is_empty() {
+            let again: Vec<_> = rest.iter().map(|at| changes[*at]).collect();
+            let judged = self.change_careful(&again).await;
+            // Some of this batch may be applied already, so nobody may be told for certain that his is not.
+            let applied = rest.len() < changes.len();
+            let judged = judged.map_err(|failure| Failure { sent: failure.sent || applied, ..failure })?;
+            for (at, verdict) in rest.into_iter().zip(judged) {
+                verdicts[at] = verdict;
+            }
+        }
+        Ok(verdicts)
+    }
+
+    async fn change_careful(&self, changes: &[&Alter]) -> Result<Vec<Option<Verdict>>, Failure> {
         let text = self.batch.change(changes, &self.owner.text, self.anchor.held());
         let answers = self.link.fly(text).await?;
         let rows = |at: Option<usize>| at.and_then(|at| answers.get(at)).map_or(&[][..], |answer| &answer.rows);
@@ -333,7 +366,7 @@ impl Database for MySql {
             matches!(change.action, Action::Write { .. }) && matches!(change.basis, Basis::Written(_) | Basis::Unseen)
         };
         let joined: Vec<_> = changes.iter().filter(|change| together(change)).collect();
-        let bytes: usize = joined.iter().map(|change| 2 * change.bytes() + 1024).sum();
+        let bytes: usize = joined.iter().map(|change| 2 * change.bytes() + 2048).sum();
         if !self.joins(joined.len()) || !self.link.takes(bytes) {
             return each(all(changes.iter().map(async |change| self.alter(change).await.map(Some))).await);
         }
@@ -457,6 +490,7 @@ impl Database for MySql {
     async fn check(&self) -> Result<(), Failure> {
         let server = schema::check(&self.link, &self.texts).await?;
         self.skips.store(server.skips, Ordering::Relaxed);
+        self.lean.allow(server.hurries);
         self.anchor.allow(server.alone);
         Ok(())
     }

@@ -194,6 +194,29 @@ impl Link {
         }
     }
 
+    /// The same; says `None` if a row was not free at once, and then nothing of it was done.
+    pub(super) async fn fly_unless_locked(&self, text: String) -> Result<Option<Vec<Answer>>, Failure> {
+        let mut line = self.connections.take().await.map_err(errors::lending)?;
+        let flight = async {
+            match fly(line.connection(), text).await {
+                Err(error) if errors::is_locked(&error) => line.connection().execute("ROLLBACK").await.map(|_| None),
+                answers => answers.map(Some),
+            }
+        };
+        match tokio::time::timeout(self.timeout, flight).await.map_err(|_| errors::silent())? {
+            Ok(answers) => {
+                line.give_back();
+                Ok(answers)
+            }
+            Err(error) => {
+                if !errors::leaves_usable(&error) {
+                    self.distrust();
+                }
+                Err(errors::asking(error))
+            }
+        }
+    }
+
     /// What broke one connection has broken the others, too: a server that went, a runtime that ended.
     fn distrust(&self) {
         self.connections.distrust();

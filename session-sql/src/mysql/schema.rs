@@ -34,6 +34,8 @@ const COLUMNS: [(&str, &str); 15] = [
 pub(super) struct Server {
     /// Whether it can pass by rows that somebody has locked.
     pub(super) skips: bool,
+    /// Whether it can be told not to wait for a row at all: it is MariaDB.
+    pub(super) hurries: bool,
     /// Whether it is one server, and not a cluster whose nodes do not know of each other's `GET_LOCK`.
     pub(super) alone: bool,
 }
@@ -128,7 +130,7 @@ pub(super) async fn check(link: &Link, texts: &Texts) -> Result<Server, Failure>
     for row in answers.iter().flat_map(|answer| &answer.rows) {
         alone &= matches!(&*text(row, 1)?.unwrap_or_default(), "" | "OFF");
     }
-    Ok(Server { skips, alone })
+    Ok(Server { skips, hurries: version.contains("MariaDB"), alone })
 }
 
 /// Whether a server of this version can skip locked rows; `None` if it is too old for the rest.

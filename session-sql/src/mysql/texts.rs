@@ -9,10 +9,10 @@
 use crate::database::{CLAIM, REMEMBER};
 
 /// Milliseconds since 1970, the same everywhere in a statement.
-const NOW: &str = "(TIMESTAMPDIFF(MICROSECOND,'1970-01-01',UTC_TIMESTAMP(6)) DIV 1000)";
+pub(super) const NOW: &str = "(TIMESTAMPDIFF(MICROSECOND,'1970-01-01',UTC_TIMESTAMP(6)) DIV 1000)";
 
 /// There is a record whose deadline lies ahead.
-const LIVE: &str = "(data IS NOT NULL AND expires_at>{now})";
+pub(super) const LIVE: &str = "(data IS NOT NULL AND expires_at>{now})";
 
 /// Nobody has the lock, or his lease has ended.
 const FREE: &str = "(lock_token IS NULL OR lock_until<={now})";
