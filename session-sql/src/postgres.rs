@@ -280,9 +280,17 @@ impl Database for Postgres {
     }
 
     async fn gc(&self, limit: u32) -> Result<u64, Failure> {
-        let rows = self.ask(&self.statements.gc, Parameters::new().add(i64::from(limit))?).await?;
-        let freed: i64 = rows.first().map_or(Ok(0), |row| field(row, 0))?;
-        Ok(u64::try_from(freed).unwrap_or(0))
+        let [records, rest] = &self.statements.gc;
+        let freed = async |sql, limit: u32| {
+            let rows = self.ask(sql, Parameters::new().add(i64::from(limit))?).await?;
+            let freed: i64 = rows.first().map_or(Ok(0), |row| field(row, 0))?;
+            Ok::<_, Failure>(u32::try_from(freed).unwrap_or(limit))
+        };
+        let expired = freed(records, limit).await?;
+        if expired < limit {
+            freed(rest, limit - expired).await?;
+        }
+        Ok(u64::from(expired))
     }
 
     async fn list(&self, prefix: &str, after: Option<&str>, limit: u32) -> Result<Vec<Listed>, Failure> {

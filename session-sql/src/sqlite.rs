@@ -129,16 +129,20 @@ impl Database for Sqlite {
     }
 
     async fn gc(&self, limit: u32) -> Result<u64, Failure> {
-        let (mut left, mut expired) = (limit, 0);
-        loop {
-            // A transaction of its own for each piece, so that it holds up nobody.
-            let freed = self.writer.ask(false, 0, move |turn| turn.gc(left)).await?;
-            expired += freed.records;
-            left -= freed.rows.min(left);
-            if freed.done || left == 0 {
-                return Ok(expired);
+        let mut left = limit;
+        let mut expired = 0;
+        // What is left of others goes last, so that an answer of zero says that no record has expired.
+        for records in [true, false] {
+            let mut done = false;
+            while !done && left > 0 {
+                // A transaction of its own for each piece, so that it holds up nobody.
+                let freed = self.writer.ask(false, 0, move |turn| turn.gc(records, left)).await?;
+                expired += if records { u64::from(freed.rows) } else { 0 };
+                left -= freed.rows.min(left);
+                done = freed.done;
             }
         }
+        Ok(expired)
     }
 
     async fn list(&self, prefix: &str, after: Option<&str>, limit: u32) -> Result<Vec<Listed>, Failure> {

@@ -70,6 +70,17 @@ async fn a_table_in_another_schema_of_the_database_is_used_by_its_name() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn expired_records_are_collected_before_what_is_left_of_others() {
+    let handler = connect(config(&server().url()).with_table("leftovers")).await;
+    let left = "INSERT INTO leftovers (id, data, write_id, expires_at, expires_minute)
+        SELECT 'left' || n, CASE WHEN n > 17 THEN 'x'::bytea END, decode(md5(n::text), 'hex'), n, 0 FROM generate_series(1, 20) n";
+    server().query(left).unwrap();
+    let freed = async || handler.gc(std::num::NonZeroU32::new(5).unwrap()).await.unwrap();
+    assert_eq!((freed().await, freed().await), (3, 0), "three records among twenty rows, in batches of five");
+    assert_eq!(value(server(), "SELECT count(*) FROM leftovers"), "10");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_user_who_may_not_is_told_so() {
     connect(config(&server().url()).with_table("guarded")).await;
     server().query("CREATE ROLE reader LOGIN PASSWORD 'r'; GRANT SELECT ON guarded TO reader").unwrap();

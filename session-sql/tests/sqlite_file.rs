@@ -491,6 +491,21 @@ async fn collecting_a_hundred_thousand_sessions_lets_others_work_meanwhile() {
     assert_eq!(handler.gc(NonZeroU32::MAX).await.unwrap(), 0);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn expired_records_are_collected_before_what_is_left_of_others() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("sessions.db");
+    let handler = SqlHandler::connect(config(&path)).await.unwrap();
+    let left = "WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 20)
+        INSERT INTO sessions (id, data, write_id, expires_at, expires_minute)
+        SELECT printf('left%024d', n), CASE WHEN n > 17 THEN zeroblob(1) END, randomblob(16), n, 0 FROM n";
+    Connection::open(&path).unwrap().execute_batch(left).unwrap();
+    let freed = async || handler.gc(NonZeroU32::new(5).unwrap()).await.unwrap();
+    assert_eq!((freed().await, freed().await), (3, 0), "three records among twenty rows, in batches of five");
+    let rows: u32 = Connection::open(&path).unwrap().query_row("SELECT count(*) FROM sessions", [], |row| row.get(0)).unwrap();
+    assert_eq!(rows, 10);
+}
+
 /// Counts up a session of its own, and tells of each number once it is saved.
 fn work(database: &Path) {
     runtime().block_on(async {

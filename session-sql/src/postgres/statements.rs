@@ -56,7 +56,8 @@ pub(crate) struct Statements {
     pub(crate) renew: SqlStr,
     pub(crate) release: SqlStr,
     pub(crate) leave: SqlStr,
-    pub(crate) gc: SqlStr,
+    /// Expired records, and what is left of others.
+    pub(crate) gc: [SqlStr; 2],
     pub(crate) list: SqlStr,
     pub(crate) locks: SqlStr,
 }
@@ -128,7 +129,7 @@ impl Statements {
             renew: make(RENEW, &[("strict", strict), ("stub", &stub)]),
             release: make(RELEASE, &[("hand_on", HAND_ON), ("tells", TELL_ONE), ("tell", TELL), ("handed", "$3::bool")]),
             leave: make(LEAVE, &[("tell", TELL)]),
-            gc: make(GC, &[]),
+            gc: [make(GC, &[("what", "IS NOT NULL")]), make(GC, &[("what", "IS NULL")])],
             list: make(LIST, &[]),
             locks: make(LOCKS, &[]),
         }
@@ -476,12 +477,12 @@ FROM j";
 // $1 how many. The minute is asked for in a query of its own, so that the index can be searched for it.
 const GC: &str = "WITH n AS MATERIALIZED (SELECT {now} AS now),
 r AS MATERIALIZED (
-  SELECT s.id, s.data IS NOT NULL AS record FROM {t} s
+  SELECT s.id FROM {t} s
   WHERE s.expires_minute <= (SELECT now / 60000 FROM n) AND s.expires_at <= (SELECT now FROM n)
-    AND (s.lock_until IS NULL OR s.lock_until <= (SELECT now FROM n))
+    AND (s.lock_until IS NULL OR s.lock_until <= (SELECT now FROM n)) AND s.data {what}
   ORDER BY s.expires_minute LIMIT $1 FOR UPDATE SKIP LOCKED),
-d AS (DELETE FROM {t} s USING r WHERE s.id = r.id RETURNING r.record)
-SELECT count(*) FILTER (WHERE record), {relaxed} FROM d";
+d AS (DELETE FROM {t} s USING r WHERE s.id = r.id RETURNING s.id)
+SELECT count(*), {relaxed} FROM d";
 
 // $1 prefix, $2 the key behind which it begins, $3 how many. No key has a character behind the tilde.
 const LIST: &str = "SELECT id, octet_length(data)::int8, expires_at - now FROM (

@@ -49,7 +49,7 @@ pub(super) struct Table {
     /// Without bytes and minute, with the minute, with the bytes, with both: what is not named is not written, nor its index.
     update: [String; 4],
     delete: String,
-    gc: String,
+    gc: [String; 2],
     list: String,
     locks: String,
 }
@@ -102,10 +102,12 @@ impl Table {
             ),
             update: [update(false, false), update(true, false), update(false, true), update(true, true)],
             delete: format!("DELETE FROM main.{table} WHERE rowid = :number"),
-            gc: format!(
-                "DELETE FROM main.{table} WHERE rowid IN (SELECT rowid FROM main.{table}
-                    WHERE expires_minute <= :now / 60000 AND {expired} LIMIT :limit) RETURNING data IS NOT NULL"
-            ),
+            gc: ["IS NULL", "IS NOT NULL"].map(|what| {
+                format!(
+                    "DELETE FROM main.{table} WHERE rowid IN (SELECT rowid FROM main.{table}
+                        WHERE expires_minute <= :now / 60000 AND {expired} AND data {what} LIMIT :limit)"
+                )
+            }),
             list: format!(
                 "SELECT id, length(data), expires_at - {NOW} FROM main.{table}
                     WHERE id > :after AND id >= :from AND id < :to AND data IS NOT NULL AND expires_at > {NOW} ORDER BY id LIMIT :limit"
@@ -369,19 +371,17 @@ impl Turn<'_> {
     }
 
     /// Frees rows whose time is over, for a short time; says how many, and how many of them were records.
-    pub(super) fn gc(&self, limit: u32) -> Result<Freed> {
+    /// Frees expired records, or what is left of others.
+    pub(super) fn gc(&self, records: bool, limit: u32) -> Result<Freed> {
         let began = Instant::now();
-        let mut gc = self.connection.prepare_cached(&self.table.gc)?;
-        let mut all = Freed { rows: 0, records: 0, done: false };
+        let mut gc = self.connection.prepare_cached(&self.table.gc[usize::from(records)])?;
+        let mut all = Freed { rows: 0, done: false };
         while !all.done && all.rows < limit && began.elapsed() < TURN {
             let asked = PIECE.min(limit - all.rows);
-            let mut freed = gc.query(named_params! { ":now": self.now, ":limit": asked })?;
-            let before = all.rows;
-            while let Some(row) = freed.next()? {
-                all.rows += 1;
-                all.records += u64::from(row.get::<_, bool>(0)?);
-            }
-            all.done = all.rows - before < asked;
+            let freed = gc.execute(named_params! { ":now": self.now, ":limit": asked })?;
+            let freed = u32::try_from(freed).unwrap_or(asked);
+            all.rows += freed;
+            all.done = freed < asked;
         }
         Ok(all)
     }
@@ -391,7 +391,6 @@ impl Turn<'_> {
 #[derive(Debug)]
 pub(super) struct Freed {
     pub(super) rows: u32,
-    pub(super) records: u64,
     /// Whether there was nothing more to free.
     pub(super) done: bool,
 }
