@@ -29,6 +29,7 @@
 //! | `file` | `file://` and the module [`file`](https://docs.rs/session-file): one two-slot file per session, under kernel locks |
 //! | `redis` | `redis://`, `rediss://`, `redis+unix://`, `redis+sentinel://`, `redis+cluster://` and the module [`redis`](https://docs.rs/session-redis) |
 //! | `postgres`, `mysql`, `sqlite` | `postgres://`, `mysql://` (MariaDB, too), `sqlite://` and the module [`sql`](https://docs.rs/session-sql) |
+//! | `web`, `axum` | the module [`web`](https://docs.rs/session-web): sessions for tower services; extractors for axum |
 //! | `json`, `postcard`, `bincode` | the codec of that name, as `codec=…`; MessagePack is always there |
 //!
 //! Enabling a feature only adds.
@@ -45,6 +46,10 @@ pub use session_redis as redis;
 /// The SQL backend: `postgres://`, `mysql://`, `sqlite://`.
 #[cfg(any(feature = "postgres", feature = "mysql", feature = "sqlite"))]
 pub use session_sql as sql;
+
+/// Sessions for tower services, and with the feature `axum` as arguments of handlers.
+#[cfg(feature = "web")]
+pub use session_web as web;
 
 /// The schemes that this build knows, for error messages.
 const SCHEMES: &[&str] = &[

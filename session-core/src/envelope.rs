@@ -1,11 +1,11 @@
 //! What stands in the bytes of a record: what kind of thing it is, who can read it, and the values by key.
 //!
 //! ```text
-//! data     magic 4 | version 1 | kind 1 | codec 1 | flags 1 | created 8 | authenticated 8 | [origin] | entries | checksum 8
+//! data     magic 4 | version 1 | kind 1 | codec 1 | flags 1 | created 8 | authenticated 8 | [origin] | [realm] | entries | checksum 8
 //! forward  magic 4 | version 1 | kind 2 | 0       | flags 1 | target                                          | checksum 8
 //! retired  magic 4 | version 1 | kind 3 | 0       | 0       |                                                   checksum 8
 //! ```
-//! Numbers are little-endian. `origin` and `target` are a length and bytes; `entries` is a count, then for each key, in
+//! Numbers are little-endian. `origin`, `realm` and `target` are a length and bytes; `entries` is a count, then for each key, in
 //! ascending order, the length and bytes of the key and of the value. Lengths and counts are LEB128 in the shortest form. So
 //! a payload has one encoding, and what decodes encodes to the same bytes. The checksum (XXH3, 64 bits) covers all before it:
 //! most single flips of a bit would otherwise decode as something else. It does not protect against forgery.
@@ -39,6 +39,7 @@ const RETIRED: u8 = 3;
 
 const HAS_ORIGIN: u8 = 1 << 0;
 const SEEN: u8 = 1 << 1;
+const HAS_REALM: u8 = 1 << 2;
 // Kept for a version that has them; this one refuses them.
 const COMPRESSED: u8 = 1 << 6;
 const SEALED: u8 = 1 << 7;
@@ -65,6 +66,8 @@ pub(crate) struct Data {
     pub(crate) authenticated: i64,
     /// The sealed id that this session was rotated from, until the new one was presented.
     pub(crate) origin: Option<Bytes>,
+    /// Under which name alone this session is known, if only under one.
+    pub(crate) realm: Option<Bytes>,
     /// The values.
     pub(crate) values: Values,
 }
@@ -106,11 +109,12 @@ impl Payload {
         let mut reader = Reader { bytes: &bytes, at: HEADER, end: body };
         let payload = match kind {
             DATA => {
-                allow(flags, HAS_ORIGIN)?;
+                allow(flags, HAS_ORIGIN | HAS_REALM)?;
                 let codec = Codec::from_id(codec)?;
                 let (created, authenticated) = (reader.i64()?, reader.i64()?);
                 let origin = if flags & HAS_ORIGIN == 0 { None } else { Some(reader.field()?) };
-                Self::Data(Data { codec, created, authenticated, origin, values: reader.values()? })
+                let realm = if flags & HAS_REALM == 0 { None } else { Some(reader.field()?) };
+                Self::Data(Data { codec, created, authenticated, origin, realm, values: reader.values()? })
             }
             FORWARD | RETIRED if codec != 0 => return Err(corrupt("a mark that names a codec")),
             FORWARD => {
@@ -132,7 +136,7 @@ impl Payload {
     /// Writes the bytes of a record. Keys and counts are within bounds: [`check_key`] was asked when they came in.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let (kind, codec, flags) = match self {
-            Self::Data(data) => (DATA, data.codec.id(), if data.origin.is_some() { HAS_ORIGIN } else { 0 }),
+            Self::Data(data) => (DATA, data.codec.id(), data.flags()),
             Self::Forward(forward) => (FORWARD, 0, if forward.seen { SEEN } else { 0 }),
             Self::Retired => (RETIRED, 0, 0),
         };
@@ -143,8 +147,8 @@ impl Payload {
             Self::Data(data) => {
                 out.extend_from_slice(&data.created.to_le_bytes());
                 out.extend_from_slice(&data.authenticated.to_le_bytes());
-                if let Some(origin) = &data.origin {
-                    put_field(&mut out, origin);
+                for field in data.origin.iter().chain(&data.realm) {
+                    put_field(&mut out, field);
                 }
                 put_number(&mut out, data.values.len());
                 for (key, value) in data.values.iter() {
@@ -165,14 +169,22 @@ impl Payload {
         let field = |length: usize| number_size(length) + length;
         let body = match self {
             Self::Data(data) => {
-                let origin = data.origin.as_ref().map_or(0, |origin| field(origin.len()));
+                let marks: usize = data.origin.iter().chain(&data.realm).map(|mark| field(mark.len())).sum();
                 let entries = data.values.iter().map(|(key, value)| field(key.len()) + field(value.len()));
-                16 + origin + number_size(data.values.len()) + entries.sum::<usize>()
+                16 + marks + number_size(data.values.len()) + entries.sum::<usize>()
             }
             Self::Forward(forward) => field(forward.target.len()),
             Self::Retired => 0,
         };
         HEADER + body + CHECKSUM
+    }
+}
+
+impl Data {
+    fn flags(&self) -> u8 {
+        let origin = if self.origin.is_some() { HAS_ORIGIN } else { 0 };
+        let realm = if self.realm.is_some() { HAS_REALM } else { 0 };
+        origin | realm
     }
 }
 
@@ -335,8 +347,9 @@ mod tests {
     fn payloads() -> Vec<Payload> {
         let values = [("", &b""[..]), ("cart", b"\x01\x02"), ("user", &[7; 300])];
         let values: Values = values.into_iter().collect();
-        let data = Data { codec: Codec::MessagePack, created: 1, authenticated: -1, origin: None, values };
+        let data = Data { codec: Codec::MessagePack, created: 1, authenticated: -1, origin: None, realm: None, values };
         let rotated = Data { origin: Some(Bytes::from_static(b"sealed")), values: Values::default(), ..data.clone() };
+        let named = Data { realm: Some(Bytes::from_static(b"shop")), ..rotated.clone() };
         let forward = Forward { target: Bytes::from_static(b"sealed"), seen: false };
         let seen = Forward { seen: true, ..forward.clone() };
         vec![
@@ -345,6 +358,7 @@ mod tests {
             Payload::Forward(forward),
             Payload::Forward(seen),
             Payload::Retired,
+            Payload::Data(named),
         ]
     }
 
@@ -386,6 +400,7 @@ mod tests {
             "e5736b7601020000067365616c6564",
             "e5736b7601020002067365616c6564",
             "e5736b7601030000",
+            "e5736b76010101050100000000000000ffffffffffffffff067365616c65640473686f7000",
         ];
         for (payload, expected) in payloads().iter().zip(expected) {
             assert!(hex(payload).starts_with(expected), "{payload:?}: {}", hex(payload));
@@ -494,7 +509,14 @@ mod tests {
         let mut values: Values = (0..MAX_ENTRIES).map(|n| (format!("{n:06}"), Bytes::new())).collect();
         assert!(check_key("000001", &values).is_ok());
         assert_eq!(check_key("more", &values).unwrap_err().kind(), ErrorKind::TooLarge);
-        let full = Data { codec: Codec::MessagePack, created: 0, authenticated: 0, origin: None, values: values.clone() };
+        let full = Data {
+            codec: Codec::MessagePack,
+            created: 0,
+            authenticated: 0,
+            origin: None,
+            realm: None,
+            values: values.clone(),
+        };
         assert!(Payload::decode(Payload::Data(full).encode()).is_ok());
         values.remove("000001");
         assert!(check_key("more", &values).is_ok());
@@ -513,12 +535,13 @@ mod tests {
     fn any_payload() -> impl Strategy<Value = Payload> {
         let bytes = || prop::collection::vec(any::<u8>(), 0..200).prop_map(Bytes::from);
         let entries = prop::collection::btree_map(any::<String>(), bytes(), 0..20);
-        let origin = prop::option::of(bytes());
+        let mark = || prop::option::of(bytes());
         let codec =
             prop::sample::select(vec![1u8, 2, 3, 4]).prop_filter_map("not in this build", |id| Codec::from_id(id).ok());
-        let data = (codec, any::<i64>(), any::<i64>(), origin, entries).prop_map(
-            |(codec, created, authenticated, origin, values)| {
-                Payload::Data(Data { codec, created, authenticated, origin, values: values.into_iter().collect() })
+        let data = (codec, any::<i64>(), any::<i64>(), mark(), mark(), entries).prop_map(
+            |(codec, created, authenticated, origin, realm, values)| {
+                let values = values.into_iter().collect();
+                Payload::Data(Data { codec, created, authenticated, origin, realm, values })
             },
         );
         let forward = (bytes(), any::<bool>()).prop_map(|(target, seen)| Payload::Forward(Forward { target, seen }));

@@ -5,6 +5,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::commit::{Mode, Work};
@@ -64,6 +65,8 @@ pub struct Sessions {
     pub(crate) core: Arc<Core>,
     pub(crate) wait: Duration,
     pub(crate) lease: Duration,
+    /// What is made here is known under this name only, and what was made under another name is not known here.
+    realm: Option<Bytes>,
 }
 
 /// What [`update`](Sessions::update) did.
@@ -101,7 +104,7 @@ impl Sessions {
     pub(crate) fn from_parts(handler: Arc<dyn SessionHandler>, settings: Settings) -> Self {
         let (wait, lease) = (settings.wait, settings.lease);
         let (queues, janitor) = (Queues::new(settings.queue), Janitor::new(settings.max_hold));
-        Self { core: Arc::new(Core { handler, queues, janitor, settings }), wait, lease }
+        Self { core: Arc::new(Core { handler, queues, janitor, settings }), wait, lease, realm: None }
     }
 
     /// Returns the same sessions with another wait, for a route that has its own; more than ten minutes count as ten.
@@ -119,6 +122,17 @@ impl Sessions {
         self
     }
 
+    /// Returns the same sessions as they are known under one name, such as that of a cookie: what is made here is marked with it,
+    /// and what is marked with another name is absent here. Sessions without a mark are known under every name, and without a
+    /// realm all sessions are known. `destroy` does not ask for the mark.
+    ///
+    /// It keeps the id of a session from being valid under two cookies of applications that share a store.
+    #[must_use]
+    pub fn with_realm(mut self, name: &str) -> Self {
+        self.realm = Some(Bytes::copy_from_slice(name.as_bytes()));
+        self
+    }
+
     /// Returns the handler below.
     #[must_use]
     pub fn handler(&self) -> &Arc<dyn SessionHandler> {
@@ -130,7 +144,7 @@ impl Sessions {
     /// # Errors
     /// [`Unavailable`](ErrorKind::Unavailable) if the operating system has no randomness to give.
     pub fn create(&self) -> Result<Session> {
-        let data = self.core.new_data();
+        let data = self.new_data();
         Ok(Session::new(self.clone(), Work::new(SessionId::generate()?, Mode::Fresh, None, data)))
     }
 
@@ -196,6 +210,10 @@ impl Sessions {
     /// Safe.
     pub async fn view(&self, id: &SessionId) -> Result<SessionView> {
         match self.core.find(id, Access::ReadOnly, Expect::Existing, self.wait).await? {
+            Found::Live(live) if self.is_foreign(&live.data) => {
+                live.opening.close().await?;
+                Ok(SessionView::new(self.clone(), None, None, false))
+            }
             Found::Live(live) => {
                 live.opening.close().await?;
                 Ok(SessionView::new(self.clone(), Some(live.id), Some(live.data), false))
@@ -223,6 +241,8 @@ impl Sessions {
 
     fn hand_out(&self, found: Found, mode: Mode) -> Result<Session> {
         let work = match found {
+            // Its opening is closed behind the request.
+            Found::Live(live) if self.is_foreign(&live.data) => return self.create(),
             Found::Live(live) => {
                 let Live { id, opening, data, left, presented, compare_at_save } = live;
                 let mut work = Work::new(id, mode, (!compare_at_save).then_some(opening), data.clone());
@@ -233,11 +253,20 @@ impl Sessions {
                 }
                 work
             }
-            Found::Absent { id, opening: Some(opening) } => Work::new(id, mode, Some(opening), self.core.new_data()),
+            Found::Absent { id, opening: Some(opening) } => Work::new(id, mode, Some(opening), self.new_data()),
             Found::Absent { opening: None, .. } => return self.create(),
-            Found::Retired { id } => Work::new(id, Mode::Retired, None, self.core.new_data()),
+            Found::Retired { id } => Work::new(id, Mode::Retired, None, self.new_data()),
         };
         Ok(Session::new(self.clone(), work))
+    }
+
+    fn new_data(&self) -> Data {
+        Data { realm: self.realm.clone(), ..self.core.new_data() }
+    }
+
+    /// Whether a session is known under another name only.
+    fn is_foreign(&self, data: &Data) -> bool {
+        matches!((&self.realm, &data.realm), (Some(ours), Some(theirs)) if ours != theirs)
     }
 
     /// Runs `change` on `id` under the lock and saves: the lock is held only around the closure. If the closure fails, nothing is
@@ -539,7 +568,8 @@ impl Core {
 
     pub(crate) fn new_data(&self) -> Data {
         let now = self.settings.clock.now_millis();
-        Data { codec: self.settings.codec, created: now, authenticated: now, origin: None, values: Default::default() }
+        let codec = self.settings.codec;
+        Data { codec, created: now, authenticated: now, origin: None, realm: None, values: Default::default() }
     }
 
     /// What the absolute time-out leaves of a life; `None` if it is over. A stamp in the future counts as now.

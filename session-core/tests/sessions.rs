@@ -457,3 +457,30 @@ impl OpenSession for SlowOpen {
         self.0.close().await
     }
 }
+
+#[tokio::test]
+async fn what_is_made_in_one_realm_is_unknown_in_another_and_known_without_one() {
+    let all = Sessions::new(Arc::new(MemoryHandler::new())).unwrap();
+    let (shop, staff) = (all.clone().with_realm("shop"), all.clone().with_realm("staff"));
+    let mut session = shop.create().unwrap();
+    session.insert("n", &1).unwrap();
+    session.rotate();
+    session.save().await.unwrap();
+    session.rotate();
+    let id = session.close().await.unwrap().unwrap();
+
+    assert!(!staff.view(&id).await.unwrap().exists());
+    for mut other in [staff.open(&id).await.unwrap(), staff.merge(&id).await.unwrap()] {
+        assert!(other.is_new() && other.id() != &id);
+        other.insert("n", &2).unwrap();
+        assert!(!shop.view(&other.close().await.unwrap().unwrap()).await.unwrap().exists());
+    }
+    all.shutdown().await;
+    for known in [&shop, &all] {
+        assert_eq!(known.view(&id).await.unwrap().get("n").unwrap(), Some(1));
+    }
+    let mut plain = all.create().unwrap();
+    plain.insert("n", &3).unwrap();
+    let plain = plain.close().await.unwrap().unwrap();
+    assert!(staff.open(&plain).await.unwrap().get::<u32>("n").unwrap().is_some());
+}

@@ -29,6 +29,8 @@ const PROGRAMS: &[Program] = &[
     Program { name: "memcached", package: "memcached", tests_of: "session-memcache" },
     Program { name: "postgres", package: "postgresql", tests_of: "session-sql" },
     Program { name: "mariadbd", package: "mariadb-server-core", tests_of: "session-sql" },
+    Program { name: "redis-server", package: "redis-server", tests_of: "session-web" },
+    Program { name: "postgres", package: "postgresql", tests_of: "session-web" },
     Program { name: "php", package: "php-cli", tests_of: "session-php" },
 ];
 
