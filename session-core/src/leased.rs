@@ -3,6 +3,7 @@
 //! A backend whose lock is a token with a deadline, kept where the records are, brings the atomic steps ([`LeasedStore`]) and
 //! wraps [`Leased`]. That is how memory, Redis and SQL do it. Nothing here knows commands, statements or clocks.
 
+use std::any::Any;
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use crate::ttl::Ttl;
 /// Each step is one request in the ordinary case. A step may repeat its request by itself where that is safe, and then says so
 /// ([`Asked::repeated`]): a refusal of a repeat may be of its own first copy (`protocol.md` 4).
 pub trait LeasedStore: fmt::Debug + Send + Sync + 'static {
-    /// A session as the store names it: its keys, its row. Made once for each opening.
+    /// A session as the store names it: its keys, its row. Made once for each opening or lease, all of whose steps are given it.
     type Place: Send + Sync + 'static;
 
     /// A lock as its holder sets it: the token, and what the store keeps beside it.
@@ -278,8 +279,8 @@ pub struct Removal<'a, C> {
 #[allow(clippy::exhaustive_structs, reason = "every store has to heed each field")]
 #[derive(Debug)]
 pub struct Renewal<P> {
-    /// The session.
-    pub place: P,
+    /// The session: the very place that the lock was taken under, so a store may keep there what a renewal changes.
+    pub place: Arc<P>,
     /// Whose lock it is.
     pub token: LeaseToken,
     /// How long it lasts from now on.
@@ -334,9 +335,15 @@ impl Failed {
     }
 }
 
-/// Whether a lease protects a record; kept in the lease, for the renewal.
+/// Whether a lease protects a record.
 #[derive(Debug, Default)]
 struct Protects(AtomicBool);
+
+/// What is kept in a lease, for renewing and releasing it.
+struct Kept<P> {
+    place: Arc<P>,
+    protects: Arc<Protects>,
+}
 
 /// Opens sessions of a [`LeasedStore`]. Clones share it.
 #[derive(Debug)]
@@ -454,7 +461,7 @@ impl<S: LeasedStore> Opening<S> {
     fn hold(&mut self, claim: S::Claim, length: Duration, clean: bool) {
         let protects = Arc::new(Protects::default());
         let lease = Lease::new(self.id.clone(), S::token(&claim), length);
-        let lease = lease.after_clean_release(clean).with_state(protects.clone());
+        let lease = lease.after_clean_release(clean).with_state(Kept { place: self.place.clone(), protects: protects.clone() });
         self.held = Some(Held { lease: Arc::new(lease), lock: self.lock.clone() });
         self.protects = Some(protects);
         self.claim = Some(claim);
@@ -724,6 +731,16 @@ impl<S: LeasedStore> LeasedLock<S> {
     }
 }
 
+impl<S: LeasedStore> LeasedLock<S> {
+    /// Returns the place that a lease was taken under, and whether it protects a record.
+    fn kept(&self, lease: &Lease, state: Option<&(dyn Any + Send)>) -> (Arc<S::Place>, bool) {
+        match state.and_then(|state| state.downcast_ref::<Kept<S::Place>>()) {
+            Some(kept) => (kept.place.clone(), kept.protects.0.load(Ordering::Acquire)),
+            None => (Arc::new(self.store.place(lease.id())), false),
+        }
+    }
+}
+
 impl<S> Clone for LeasedLock<S> {
     fn clone(&self) -> Self {
         Self { store: self.store.clone() }
@@ -743,7 +760,8 @@ impl<S: LeasedStore> SessionLock for LeasedLock<S> {
         let place = Arc::new(self.store.place(id));
         match self.store.acquire("acquire", &place, Want::Lock, request.wait, request.lease).await? {
             Granted::Locked { claim, clean, .. } => {
-                Ok(Arc::new(Lease::new(id.clone(), S::token(&claim), request.lease).after_clean_release(clean)))
+                let lease = Lease::new(id.clone(), S::token(&claim), request.lease).after_clean_release(clean);
+                Ok(Arc::new(lease.with_state(Kept { place, protects: Arc::default() })))
             }
             Granted::Absent => {
                 Err(Error::new(ErrorKind::Unexpected, "acquire", "the store missed a record that was not asked for"))
@@ -754,11 +772,7 @@ impl<S: LeasedStore> SessionLock for LeasedLock<S> {
     async fn renew(&self, leases: &[Arc<Lease>]) -> Vec<Result<()>> {
         let mut renewals = Vec::with_capacity(leases.len());
         for lease in leases {
-            let protects = {
-                let state = lease.state().lock().await;
-                state.downcast_ref::<Arc<Protects>>().is_some_and(|protects| protects.0.load(Ordering::Acquire))
-            };
-            let place = self.store.place(lease.id());
+            let (place, protects) = self.kept(lease, Some(&**lease.state().lock().await));
             renewals.push(Renewal { place, token: lease.token(), length: lease.length(), protects });
         }
         let outcomes = self.store.renew(&renewals).await;
@@ -775,13 +789,17 @@ impl<S: LeasedStore> SessionLock for LeasedLock<S> {
     }
 
     async fn release(&self, lease: &Lease) -> Result<()> {
-        let released = self.store.release("release", &self.store.place(lease.id()), lease.token()).await;
+        let (place, _) = self.kept(lease, Some(&**lease.state().lock().await));
+        let released = self.store.release("release", &place, lease.token()).await;
         released.map_err(|failed| failed.into_outcome(false))
     }
 
     /// Frees the lock in the background. It does not count as a clean release: a write of the former holder may still be under
     /// way to whatever store this lock stands before.
     fn abandon(&self, lease: Arc<Lease>) {
-        self.store.release_later(&Arc::new(self.store.place(lease.id())), lease.token(), false);
+        let state = lease.state().try_lock().ok();
+        let (place, _) = self.kept(&lease, state.as_ref().map(|state| &***state));
+        drop(state);
+        self.store.release_later(&place, lease.token(), false);
     }
 }
