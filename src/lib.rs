@@ -27,6 +27,7 @@
 //! | feature | brings |
 //! |---|---|
 //! | `file` | `file://` and the module [`file`](https://docs.rs/session-file): one two-slot file per session, under kernel locks |
+//! | `memcache` | `memcache://` and the module [`memcache`](https://docs.rs/session-memcache): fenced by the numbers of items |
 //! | `redis` | `redis://`, `rediss://`, `redis+unix://`, `redis+sentinel://`, `redis+cluster://` and the module [`redis`](https://docs.rs/session-redis) |
 //! | `postgres`, `mysql`, `sqlite` | `postgres://`, `mysql://` (MariaDB, too), `sqlite://` and the module [`sql`](https://docs.rs/session-sql) |
 //! | `web`, `axum` | the module [`web`](https://docs.rs/session-web): sessions for tower services; extractors for axum |
@@ -40,6 +41,9 @@ pub use session_core::*;
 /// The file backend: `file:///var/lib/app/sessions`.
 #[cfg(feature = "file")]
 pub use session_file as file;
+/// The memcached backend: `memcache://host:11211`, one server or several.
+#[cfg(feature = "memcache")]
+pub use session_memcache as memcache;
 /// The Redis backend: `redis://host:6379/0`, with TLS, sockets, Sentinel and Cluster.
 #[cfg(feature = "redis")]
 pub use session_redis as redis;
@@ -55,6 +59,8 @@ pub use session_web as web;
 const SCHEMES: &[&str] = &[
     #[cfg(feature = "file")]
     "file",
+    #[cfg(feature = "memcache")]
+    "memcache",
     "memory",
     #[cfg(feature = "redis")]
     "redis",
@@ -77,6 +83,7 @@ const SCHEMES: &[&str] = &[
 /// Schemes that a Cargo feature brings, with that feature.
 const FEATURES: &[(&str, &str)] = &[
     ("file", "file"),
+    ("memcache", "memcache"),
     ("redis", "redis"),
     ("rediss", "redis"),
     ("redis+unix", "redis"),
@@ -136,6 +143,11 @@ async fn open(dsn: &Dsn) -> Result<(Arc<dyn SessionHandler>, &'static str)> {
         "memory" => Ok((memory(dsn)?, "memory")),
         #[cfg(feature = "file")]
         "file" => Ok((Arc::new(file::FileHandler::open_dir(file::FileConfig::from_dsn(dsn)?)?), "file")),
+        #[cfg(feature = "memcache")]
+        scheme if memcache::MemcacheConfig::SCHEMES.contains(&scheme) => {
+            let config = memcache::MemcacheConfig::from_dsn(dsn)?;
+            Ok((Arc::new(memcache::MemcacheHandler::connect(config).await?), "memcache"))
+        }
         #[cfg(feature = "redis")]
         scheme if redis::RedisConfig::SCHEMES.contains(&scheme) => {
             Ok((Arc::new(redis::RedisHandler::connect(redis::RedisConfig::from_dsn(dsn)?).await?), "redis"))
@@ -199,7 +211,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_unknown_scheme_lists_the_known_ones() {
-        for scheme in ["memcache", "ftp"] {
+        for scheme in ["memcached", "ftp"] {
             let text = refusal(&format!("{scheme}://me:hunter2@h/0")).await;
             assert!(text.contains(&format!("unknown scheme {scheme}://")) && text.contains("memory://"), "{text}");
             assert!(!text.contains("hunter2"), "{text}");
@@ -210,6 +222,21 @@ mod tests {
     #[tokio::test]
     async fn a_backend_that_is_not_compiled_in_names_its_feature() {
         assert!(refusal("file:///x").await.contains("needs the Cargo feature file"));
+    }
+
+    #[cfg(not(feature = "memcache"))]
+    #[tokio::test]
+    async fn memcached_that_is_not_compiled_in_names_its_feature() {
+        let text = refusal("memcache://me:hunter2@h").await;
+        assert!(text.contains("needs the Cargo feature memcache") && !text.contains("hunter2"), "{text}");
+    }
+
+    #[cfg(feature = "memcache")]
+    #[tokio::test]
+    async fn a_memcached_that_is_not_there_is_unavailable_and_its_password_is_not_shown() {
+        let error = handler("memcache://me:hunter2@127.0.0.1:1").await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        assert!(!format!("{error:?}").contains("hunter2"));
     }
 
     #[cfg(not(feature = "redis"))]

@@ -461,7 +461,8 @@ impl<S: LeasedStore> Opening<S> {
     fn hold(&mut self, claim: S::Claim, length: Duration, clean: bool) {
         let protects = Arc::new(Protects::default());
         let lease = Lease::new(self.id.clone(), S::token(&claim), length);
-        let lease = lease.after_clean_release(clean).with_state(Kept { place: self.place.clone(), protects: protects.clone() });
+        let lease =
+            lease.after_clean_release(clean).with_state(Kept { place: self.place.clone(), protects: protects.clone() });
         self.held = Some(Held { lease: Arc::new(lease), lock: self.lock.clone() });
         self.protects = Some(protects);
         self.claim = Some(claim);
