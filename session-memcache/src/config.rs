@@ -65,7 +65,7 @@ pub struct MemcacheConfig {
     pub password: Option<String>,
     /// What stands before the id in every key. Default `session:`.
     pub prefix: Cow<'static, str>,
-    /// How long to wait for an answer. Default 1 s.
+    /// How long to wait for an answer. Default 2 s.
     pub timeout: Duration,
     /// How long to wait for a connection. Default 1 s.
     pub connect_timeout: Duration,
@@ -91,7 +91,7 @@ impl Default for MemcacheConfig {
             user: None,
             password: None,
             prefix: "session:".into(),
-            timeout: Duration::from_secs(1),
+            timeout: Duration::from_secs(2),
             connect_timeout: Duration::from_secs(1),
             connections: 64,
             poll_min: Duration::from_millis(1),

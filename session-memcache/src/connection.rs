@@ -225,7 +225,7 @@ async fn greet(stream: &mut TcpStream, login: Option<(&str, &str)>) -> Result<Fa
             (Some("STAT"), Some(name), Some(value)) => said.hear(name, value),
             (Some("END"), ..) => ends += 1,
             (Some("STORED"), ..) if login.is_some() => {}
-            _ if text.contains("authentication failure") => {
+            _ if login.is_some() && (text.contains("unauthenticated") || text.contains("authentication failure")) => {
                 return Err(Failure::new(ErrorKind::Config, "it refuses this user and password"));
             }
             _ if text.contains("unauthenticated") => {

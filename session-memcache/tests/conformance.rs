@@ -1,4 +1,5 @@
-//! Runs the conformance suite over a real memcached server, of the version of this machine, which each test process starts for itself.
+//! Runs the conformance suite over a real memcached server, of the version of this machine, which each test process starts for
+//! itself.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -9,6 +10,9 @@ use conformance_tests::Harness;
 use conformance_tests::servers::Memcached;
 use session_core::{Error, ErrorKind, Result, SessionHandler, SessionLock};
 use session_memcache::{MemcacheConfig, MemcacheHandler, MemcacheLock, MemcacheServer};
+
+/// How long an answer is waited for.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Ends with this process.
 static SERVER: OnceLock<Memcached> = OnceLock::new();
@@ -37,6 +41,8 @@ impl Standalone {
             }
         };
         let config = MemcacheConfig::new([MemcacheServer::new("127.0.0.1", port)]);
+        // A machine that is busy with other tests answers late.
+        let config = config.with_timeout(PATIENCE).with_connect_timeout(PATIENCE);
         Ok((self.0)(config.with_prefix(format!("{namespace}:"))))
     }
 }
