@@ -193,8 +193,15 @@ fn unknown(scheme: &str) -> Error {
 #[doc = include_str!("../docs/write-a-handler.md")]
 pub mod write_a_handler {}
 
-/// The programs of the README.
-#[cfg(doctest)]
+/// The calls of tower-sessions and axum_session beside ours, and what changes.
+///
+/// Its code is `examples/from_tower_sessions.rs`, which is compiled and run there.
+#[cfg(all(doc, not(doctest)))]
+#[doc = include_str!("../docs/from-tower-sessions.md")]
+pub mod from_tower_sessions {}
+
+/// The programs of the README; one of them is for axum.
+#[cfg(all(doctest, feature = "axum"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
 

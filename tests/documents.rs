@@ -11,10 +11,15 @@ fn root() -> &'static Path {
 }
 
 #[test]
-fn the_pieces_of_the_guide_are_the_example_byte_for_byte() {
-    let guide = include_str!("../docs/write-a-handler.md");
-    let pieces: Vec<_> = guide.split("```rust\n").skip(1).map(|rest| rest.split("```").next().unwrap_or_default()).collect();
-    assert_eq!(pieces.join("\n"), include_str!("../examples/own_handler.rs"));
+fn the_pieces_of_each_guide_are_its_example_byte_for_byte() {
+    let guides = [
+        (include_str!("../docs/write-a-handler.md"), include_str!("../examples/own_handler.rs")),
+        (include_str!("../docs/from-tower-sessions.md"), include_str!("../examples/from_tower_sessions.rs")),
+    ];
+    for (guide, example) in guides {
+        let pieces = guide.split("```rust\n").skip(1).map(|rest| rest.split("```").next().unwrap_or_default());
+        assert_eq!(pieces.collect::<Vec<_>>().join("\n"), example);
+    }
 }
 
 #[test]

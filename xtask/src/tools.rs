@@ -31,6 +31,8 @@ const PROGRAMS: &[Program] = &[
     Program { name: "mariadbd", package: "mariadb-server-core", tests_of: "session-sql" },
     Program { name: "redis-server", package: "redis-server", tests_of: "session-web" },
     Program { name: "postgres", package: "postgresql", tests_of: "session-web" },
+    Program { name: "chromium", package: "chromium", tests_of: "sessionkit" },
+    Program { name: "chromedriver", package: "chromium-driver", tests_of: "sessionkit" },
     Program { name: "php", package: "php-cli", tests_of: "session-php" },
 ];
 
