@@ -13,7 +13,7 @@ use session_core::{Error, LeaseToken, Result};
 use crate::item::{is_lock_of, lease_seconds, stub, trace_seconds};
 use crate::store::{Claim, Lock, Look, Place, Store, delete, get, lock_timeout};
 use crate::transport::{Answers, Command, Failure, Item, Life, Read, When};
-use crate::wait::{NEXT, Pauses};
+use crate::wait::Pauses;
 
 /// How often a waiter renews its claim to be the next, and looks who has the lock.
 const CLAIM: Duration = Duration::from_millis(400);
@@ -213,7 +213,7 @@ impl Attempt<'_> {
     async fn stand_in_line(&mut self) -> Result<Option<(Found, bool)>> {
         let (store, place) = (self.store, self.place);
         let (least, most) = (store.config.poll_min, store.config.poll_max);
-        let _turn = store.turns.wait(&place.keys.lock, self.rest()).await;
+        let turn = store.turns.wait(&place.keys.lock, self.rest()).await;
         let [a, b, c, d, e, f, g, h, ..] = self.claim.token.to_bytes();
         let mut pauses = Pauses::new(least, u64::from_le_bytes([a, b, c, d, e, f, g, h]));
         let mut claimed: Option<Instant> = None;
@@ -242,8 +242,11 @@ impl Attempt<'_> {
             }
             // As a last resort the lock ends by itself, and not earlier than the server says.
             let ends = owner.as_ref().and_then(|owner| owner.seconds).map(|left| Duration::from_secs(left.max(1)));
-            let most = if next.is_some() { most.min(NEXT) } else { most };
-            tokio::time::sleep(pauses.next(most).min(rest).min(ends.unwrap_or(rest))).await;
+            let most = if next.is_some() { most.min(store.turns.next_pause()) } else { most };
+            turn.sleep(pauses.next(most).min(rest).min(ends.unwrap_or(rest))).await;
+            if let Some(pause) = store.crowds.pause(&place.keys.lock).filter(|_| next.is_none()) {
+                tokio::time::sleep(pause.min(self.rest())).await;
+            }
         }
     }
 

@@ -198,6 +198,8 @@ impl Store {
     pub(crate) fn note_next(&self, place: &Place, next: Option<&Item>) {
         if next.is_some_and(|next| next.value != self.process.as_bytes()) {
             self.crowds.note(&place.keys.lock);
+        } else {
+            self.turns.wake(&place.keys.lock);
         }
     }
 }

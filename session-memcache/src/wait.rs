@@ -9,10 +9,10 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Mutex as Turn, OwnedMutexGuard};
+use tokio::sync::{Mutex as Turn, Notify, OwnedMutexGuard};
 
 /// The longest pause of the process that is next in line, unless the option `poll_max` is shorter.
-pub(crate) const NEXT: Duration = Duration::from_millis(6);
+const NEXT: Duration = Duration::from_millis(6);
 
 /// How long a lock is left to it: its longest pause, and its question.
 const LEAVE: Duration = Duration::from_millis(10);
@@ -24,8 +24,11 @@ const CROWDS: usize = 1024;
 #[derive(Default)]
 pub(crate) struct Turns(Mutex<HashMap<Arc<str>, Line>>);
 
+#[derive(Default)]
 struct Line {
     turn: Arc<Turn<()>>,
+    /// Rung when somebody of this process gives the lock back.
+    bell: Arc<Notify>,
     /// How many wait or have their turn.
     tasks: usize,
 }
@@ -34,6 +37,7 @@ struct Line {
 pub(crate) struct MyTurn<'a> {
     turns: &'a Turns,
     key: Arc<str>,
+    bell: Arc<Notify>,
     held: Option<OwnedMutexGuard<()>>,
 }
 
@@ -48,18 +52,41 @@ impl Turns {
         !lines.is_empty() && lines.contains_key(key)
     }
 
+    /// Wakes whoever asks for a lock that was just given back.
+    pub(crate) fn wake(&self, key: &str) {
+        let lines = self.lines();
+        if !lines.is_empty()
+            && let Some(line) = lines.get(key)
+        {
+            line.bell.notify_one();
+        }
+    }
+
+    /// Returns the longest pause of a process that is next in line: the more locks it asks for, the longer, so that its questions
+    /// do not keep the servers from everything else.
+    pub(crate) fn next_pause(&self) -> Duration {
+        NEXT + NEXT.mul_f64(self.lines().len() as f64 / 32.0)
+    }
+
     /// Takes a place behind those that wait, and returns once it is the front; after `limit` in any case.
     pub(crate) async fn wait(&self, key: &Arc<str>, limit: Duration) -> MyTurn<'_> {
-        let turn = {
+        let (turn, bell) = {
             let mut lines = self.lines();
-            let line = lines.entry(key.clone()).or_insert_with(|| Line { turn: Arc::default(), tasks: 0 });
+            let line = lines.entry(key.clone()).or_default();
             line.tasks += 1;
-            line.turn.clone()
+            (line.turn.clone(), line.bell.clone())
         };
         // From here on the place is given back whatever becomes of the task.
-        let mut mine = MyTurn { turns: self, key: key.clone(), held: None };
+        let mut mine = MyTurn { turns: self, key: key.clone(), bell, held: None };
         mine.held = tokio::time::timeout(limit, turn.lock_owned()).await.ok();
         mine
+    }
+}
+
+impl MyTurn<'_> {
+    /// Sleeps until the next question, or until somebody of this process gives the lock back.
+    pub(crate) async fn sleep(&self, pause: Duration) {
+        let _ = tokio::time::timeout(pause, self.bell.notified()).await;
     }
 }
 
@@ -191,6 +218,18 @@ mod tests {
         assert!(later.iter().all(|pause| (least..=most).contains(pause)));
         assert!(later.iter().any(|pause| *pause > most / 2), "they do not grow");
         assert!((0..100).all(|_| pauses.next(NEXT) <= NEXT));
+    }
+
+    #[tokio::test]
+    async fn a_release_wakes_whoever_asks() {
+        let turns = Turns::default();
+        let key: Arc<str> = "a".into();
+        let mine = turns.wait(&key, Duration::MAX).await;
+        turns.wake("a");
+        turns.wake("b");
+        let woken = tokio::time::timeout(Duration::from_secs(60), mine.sleep(Duration::MAX)).await;
+        assert!(woken.is_ok(), "it slept on");
+        assert!(turns.next_pause() >= NEXT && turns.next_pause() < 2 * NEXT);
     }
 
     #[test]
