@@ -21,6 +21,12 @@ const OLDEST: (u64, u64, u64) = (1, 6, 10);
 /// The first version that takes a number of the client's choice for what it stores.
 const CHOSEN: (u64, u64, u64) = (1, 6, 27);
 
+/// Has the server list its keys. It does so for one at a time.
+const LIST: &[u8] = b"lru_crawler metadump hash\r\n";
+/// How long to wait for others who have it list its keys, and how often to ask.
+const PATIENCE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(5);
+
 /// Times of more seconds are read as points in time.
 const LONGEST_SPAN: u64 = 30 * 24 * 3600;
 
@@ -142,8 +148,9 @@ impl Connection {
     ) -> Result<(), Failure> {
         let lost = |error| Failure::unavailable("the connection broke while it listed its keys").with_source(error);
         let mut reader = BufReader::new(TcpStream::from_std(self.into_std().map_err(lost)?).map_err(lost)?);
-        reader.write_all(b"lru_crawler metadump hash\r\n").await.map_err(lost)?;
+        reader.write_all(LIST).await.map_err(lost)?;
         let mut line = String::new();
+        let patient_until = Instant::now() + PATIENCE;
         loop {
             line.clear();
             let read = tokio::time::timeout(limit, reader.read_line(&mut line)).await;
@@ -154,7 +161,13 @@ impl Connection {
             let mut words = line.split_whitespace();
             match words.next() {
                 Some("END") => return Ok(()),
-                Some("BUSY") => return Err(Failure::unavailable("it is busy listing its keys for somebody else")),
+                Some("BUSY") if Instant::now() > patient_until => {
+                    return Err(Failure::unavailable("it is busy listing its keys for somebody else"));
+                }
+                Some("BUSY") => {
+                    tokio::time::sleep(PAUSE).await;
+                    reader.write_all(LIST).await.map_err(lost)?;
+                }
                 Some(word) => match word.strip_prefix("key=").and_then(plain) {
                     Some(found) if found.starts_with(prefix) => key(&found),
                     Some(_) => {}

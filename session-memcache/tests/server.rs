@@ -321,6 +321,23 @@ async fn a_lock_goes_to_the_process_that_is_next_in_line() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_who_list_at_once_get_their_list() {
+    let memcached = start(&[]);
+    let handler = on(&memcached).await;
+    for _ in 0..200 {
+        session(&handler, "there").await;
+    }
+    let mut listing = tokio::task::JoinSet::new();
+    for _ in 0..16 {
+        let handler = handler.clone();
+        listing.spawn(async move { handler.admin().unwrap().list(None, std::num::NonZeroU32::new(1000).unwrap()).await });
+    }
+    while let Some(listed) = listing.join_next().await {
+        assert_eq!(listed.unwrap().unwrap().sessions.len(), 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_waiters_of_a_process_ask_like_one() {
     let server = start(&[]);
     let handler = on(&server).await;
