@@ -1,10 +1,10 @@
-//! Starts a PostgreSQL and a MariaDB server of its own, says where they are, one DSN a line, and ends with them when stdin ends.
+//! Starts a PostgreSQL, a MariaDB and a memcached server of its own, says where they are, one DSN a line, and ends with them when stdin ends.
 //!
 //! For measuring, and for trying something out: what a commit has acknowledged is on the disk.
 
 use std::io::{self, Read};
 
-use conformance_tests::servers::{MariaDb, Postgres};
+use conformance_tests::servers::{MariaDb, Memcached, Postgres};
 
 fn main() -> io::Result<()> {
     let postgres = Postgres::start(&["fsync = on", "full_page_writes = on", "autovacuum = on", "shared_buffers = 256MB"])?;
@@ -14,6 +14,7 @@ fn main() -> io::Result<()> {
         "innodb_buffer_pool_size = 256M",
         "innodb_log_file_size = 96M",
     ])?;
-    println!("{}\n{}", postgres.url(), mariadb.url());
+    let memcached = Memcached::start(&[])?;
+    println!("{}\n{}\n{}", postgres.url(), mariadb.url(), memcached.url());
     io::stdin().read_to_end(&mut Vec::new()).map(drop)
 }

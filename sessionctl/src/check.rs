@@ -27,9 +27,6 @@ const AT_ONCE: usize = 4;
 /// Stores without a network between can keep leases this short.
 const TICK: Duration = Duration::from_millis(50);
 
-/// The same with a network between.
-const SERVER_TICK: Duration = Duration::from_millis(100);
-
 /// How long is waited for a store to be removed, which somebody who was killed may still use.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -316,7 +313,7 @@ impl Harness for SharedHarness {
     }
 
     fn tick(&self) -> Duration {
-        if self.is_file() { TICK } else { SERVER_TICK }
+        self.stores.tick()
     }
 
     fn strict_expiry(&self) -> bool {

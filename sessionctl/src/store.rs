@@ -5,10 +5,11 @@ use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use session_core::{Dsn, Error, ErrorKind, OpenRequest, SessionAdmin, SessionHandler, SessionId, SessionLock, WriteId};
-use sessionkit::{Sessions, file, redis, sql};
+use sessionkit::{Sessions, file, memcache, redis, sql};
 use tempfile::TempDir;
 
 use crate::failure::Failure;
@@ -45,6 +46,9 @@ pub(crate) async fn lock(dsn: &str) -> session_core::Result<Arc<dyn SessionLock>
     let parsed = Dsn::parse(dsn)?;
     match parsed.scheme() {
         "file" => Ok(Arc::new(file::FileLock::open_dir(file::FileConfig::from_dsn(&parsed)?)?)),
+        scheme if memcache::MemcacheConfig::SCHEMES.contains(&scheme) => {
+            Ok(Arc::new(memcache::MemcacheLock::connect(memcache::MemcacheConfig::from_dsn(&parsed)?).await?))
+        }
         scheme if redis::RedisConfig::SCHEMES.contains(&scheme) => {
             Ok(Arc::new(redis::RedisLock::connect(redis::RedisConfig::from_dsn(&parsed)?).await?))
         }
@@ -141,6 +145,17 @@ impl Stores {
         }
     }
 
+    /// Returns the shortest lease that such a store can keep.
+    pub(crate) fn tick(&self) -> Duration {
+        match self {
+            Self::Directories { .. } => Duration::from_millis(50),
+            // Its server counts seconds.
+            Self::Prefixes(server) if server.is_memcache() => Duration::from_secs(1),
+            // There is a network between.
+            Self::Prefixes(_) => Duration::from_millis(100),
+        }
+    }
+
     /// Returns the same stores, reached through a proxy at `address`.
     pub(crate) fn through(&self, address: SocketAddr) -> Self {
         match self {
@@ -208,7 +223,7 @@ fn default_prefix(scheme: &str) -> &'static str {
 
 /// The schemes of one server in plain TCP, and their ports.
 const PLAIN_TCP: &[(&str, u16)] =
-    &[("redis", 6379), ("postgres", 5432), ("postgresql", 5432), ("mysql", 3306), ("mariadb", 3306)];
+    &[("memcache", 11211), ("redis", 6379), ("postgres", 5432), ("postgresql", 5432), ("mysql", 3306), ("mariadb", 3306)];
 
 impl ServerDsn {
     fn new(dsn: &str) -> session_core::Result<Self> {
@@ -253,6 +268,10 @@ impl ServerDsn {
 
     fn is_sql(&self) -> bool {
         sql::SqlConfig::SCHEMES.contains(&self.scheme.as_str())
+    }
+
+    fn is_memcache(&self) -> bool {
+        memcache::MemcacheConfig::SCHEMES.contains(&self.scheme.as_str())
     }
 
     fn through(&self, address: SocketAddr) -> Self {

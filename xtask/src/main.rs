@@ -12,7 +12,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use server::{Databases, Redis};
+use server::{Others, Redis};
 use step::{Failure, Steps, cargo};
 use tools::CargoTool;
 
@@ -22,7 +22,7 @@ usage: cargo xtask <command>
   test   installs what the tests need and is missing, then runs every test and every doctest
   ci     fmt, clippy, test, docs, each feature alone, dependencies, advisories; needs nothing prepared
   bench  [DSN...] [options of `sessionctl bench`]; without a DSN the file backend and SQLite in a temporary
-         directory, memory, and Redis, PostgreSQL and MariaDB on servers of their own";
+         directory, memory, and Redis, PostgreSQL, MariaDB and memcached on servers of their own";
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
@@ -110,19 +110,20 @@ fn bench(steps: &mut Steps, root: &Path, args: &[String]) -> Result<(), Failure>
     )?;
     let mut command = cargo("run --release --locked --quiet -p sessionctl -- bench --peers target/peers/release/peers");
     // They live until the bench is done.
-    let (redis, databases);
+    let (redis, others);
     if !args.iter().any(|arg| arg.contains("://")) {
-        tools::install_debian_packages(steps, &["session-redis".into(), "session-sql".into()])?;
+        tools::install_debian_packages(steps, &["session-memcache", "session-redis", "session-sql"].map(Into::into))?;
         let started = tools::find("redis-server").ok_or(io::ErrorKind::NotFound.into()).and_then(|path| Redis::start(&path));
         redis = started.map_err(|error| Failure { step: format!("bench: {error}"), command: "redis-server".into() })?;
         let failed = |error| Failure { step: format!("bench: {error}"), command: "cargo run --example servers".into() };
-        databases = Databases::start(root).map_err(failed)?;
+        others = Others::start(root).map_err(failed)?;
         std::fs::create_dir_all(&scratch.0)
             .map_err(|error| Failure { step: format!("bench: {error}"), command: "mkdir".into() })?;
         command = command.arg(&format!("file://{}/files", scratch.0.display())).arg("memory://").arg(&redis.dsn());
         command = command.arg(&format!("sqlite://{}/sessions.db?create=on", scratch.0.display()));
-        for dsn in &databases.dsns {
-            command = command.arg(&format!("{dsn}?create=on"));
+        for dsn in &others.dsns {
+            let is_database = !dsn.starts_with("memcache://");
+            command = command.arg(&format!("{dsn}{}", if is_database { "?create=on" } else { "" }));
         }
     }
     for arg in args {

@@ -1,4 +1,4 @@
-//! Servers for a bench: a Redis server, private, on a free loopback port, with nothing on disk; and those of databases.
+//! Servers for a bench: a Redis server, private, on a free loopback port, with nothing on disk; and others.
 //!
 //! The tests have a starter of their own, in `conformance-tests`; this program has no dependency, so that it starts Redis itself, and
 //! has an example of that crate start what is harder to start.
@@ -69,14 +69,14 @@ impl Drop for Redis {
     }
 }
 
-/// A PostgreSQL and a MariaDB server that end with this value.
+/// A PostgreSQL, a MariaDB and a memcached server that end with this value.
 #[derive(Debug)]
-pub(crate) struct Databases {
+pub(crate) struct Others {
     child: Child,
     pub(crate) dsns: Vec<String>,
 }
 
-impl Databases {
+impl Others {
     /// Builds what starts them, in the repository `root`, and returns once they answer.
     pub(crate) fn start(root: &Path) -> io::Result<Self> {
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
@@ -89,15 +89,15 @@ impl Databases {
             .spawn()?;
         let lines = BufReader::new(child.stdout.take().expect("it is piped")).lines();
         let mut this = Self { child, dsns: Vec::new() };
-        this.dsns = lines.take(2).collect::<io::Result<_>>()?;
+        this.dsns = lines.take(3).collect::<io::Result<_>>()?;
         match this.dsns.len() {
-            2 => Ok(this),
-            _ => Err(io::Error::other("a database server did not start")),
+            3 => Ok(this),
+            _ => Err(io::Error::other("a server did not start")),
         }
     }
 }
 
-impl Drop for Databases {
+impl Drop for Others {
     fn drop(&mut self) {
         drop(self.child.stdin.take());
         // They end with their starter, which reads that it is over.

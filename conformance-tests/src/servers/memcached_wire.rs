@@ -153,7 +153,7 @@ impl MemcachedConnection {
         Ok(keys)
     }
 
-    /// Returns what the server counts, such as `cmd_meta`, `evictions` and `curr_items`, by name; a group other than `""` is
+    /// Returns what the server counts, such as `cmd_set`, `evictions` and `curr_items`, by name; a group other than `""` is
     /// `"settings"`, `"items"`, `"slabs"`.
     ///
     /// # Errors

@@ -1,9 +1,10 @@
 //! `bench`: our cycle beside the floor, in turns, in one run, and how long a hand-over takes.
 //!
-//! Reading order: [`plain`] (the floor of files), [`redis`] (that of Redis, and its peer), [`sql`] (that of SQL databases), [`peers`]
-//! (theirs), [`ours`] (our cycles), [`rows`] (beside how many sessions), [`handover`].
+//! Reading order: [`plain`] (the floor of files), [`memcache`] (that of memcached), [`redis`] (that of Redis, and its peer), [`sql`]
+//! (that of SQL databases), [`peers`] (theirs), [`ours`] (our cycles), [`rows`] (beside how many sessions), [`handover`].
 
 mod handover;
+mod memcache;
 mod ours;
 mod peers;
 mod plain;
@@ -20,6 +21,7 @@ use conformance_tests::proxy::Proxy;
 use indicatif::ProgressBar;
 use serde::Serialize;
 use session_core::Dsn;
+use sessionkit::memcache::MemcacheConfig;
 use sessionkit::sql::SqlConfig;
 
 pub(crate) use self::handover::wait_for_handovers;
@@ -117,6 +119,7 @@ enum Contender {
     Cycle(HandlerCycle),
     Session(SessionCycle),
     Peer(PeerCycle),
+    MemcachePlain(memcache::PlainCycle),
     RedisPlain(redis::PlainCycle),
     RedisPeer(redis::PeerCycle),
     SqlPlain(sql::PlainCycle),
@@ -158,10 +161,21 @@ impl<'a> Arena<'a> {
             }
             bar.set_message("hand-over");
             let dsn = stores.dsn("ours")?;
-            let round = handover::between_processes(&dsn, self.args.handovers).await?;
-            measured.push(self.waits("handover_processes", 2, round.waits));
-            let round = handover::between_tasks(&connect(&dsn).await?, self.args.handovers).await?;
-            measured.push(self.waits("handover_tasks", 2, round.waits));
+            let handed = handover::between_processes(&dsn, self.args.handovers).await?;
+            measured.push(self.waits("handover_processes", 2, handed.waits));
+            let handed = handover::between_tasks(&connect(&dsn).await?, self.args.handovers).await?;
+            measured.push(self.waits("handover_tasks", 2, handed.waits));
+            if let Some(server) = stores.server()
+                && is_memcache(self.dsn)?
+                && self.is_open()
+            {
+                bar.set_message("commands of waiters");
+                for (what, apart) in [("commands_of_waiters", false), ("commands_of_waiters_apart", true)] {
+                    let rate = memcache::commands_of_waiters(&dsn, &server, apart).await?;
+                    let waits = self.waits(what, memcache::WAITERS, Vec::new());
+                    measured.push(Measurement { cycles_per_s: Some(round(rate, 1)), ..waits });
+                }
+            }
             stores.sweep("ours").await?;
         }
         bar.finish_and_clear();
@@ -198,7 +212,17 @@ impl<'a> Arena<'a> {
             }
             Place::Prefix(_) => {
                 // The plain programs speak with one server, in plain TCP.
-                if let Some(stores) = stores.filter(|stores| stores.server().is_some()) {
+                let on_one_server = stores.and_then(|stores| Some((stores, stores.server()?)));
+                if is_memcache(self.dsn)? {
+                    let Some((stores, server)) = on_one_server.filter(|_| self.is_open()) else { return Ok(contenders) };
+                    let dsn = stores.dsn("plain")?;
+                    for (name, program) in [("floor", memcache::Program::Locked), ("unlocked", memcache::Program::Unlocked)]
+                    {
+                        let plain = memcache::PlainCycle::prepare(&dsn, &server, program, tasks, payload).await?;
+                        let place = if name == "floor" { 0 } else { contenders.len() };
+                        contenders.insert(place, (name, Contender::MemcachePlain(plain)));
+                    }
+                } else if let Some((stores, _)) = on_one_server {
                     let dsn = stores.dsn("plain")?;
                     let floor = redis::PlainCycle::prepare(&dsn, redis::Program::Locked, tasks, payload).await?;
                     contenders.insert(0, ("floor", Contender::RedisPlain(floor)));
@@ -210,6 +234,11 @@ impl<'a> Arena<'a> {
             }
         }
         Ok(contenders)
+    }
+
+    /// Whether the server lets in who says no password, as the plain programs of memcached do: their client cannot.
+    fn is_open(&self) -> bool {
+        Dsn::parse(self.dsn).is_ok_and(|dsn| dsn.user().is_none())
     }
 
     /// Measures beside few and beside many sessions, in two tables that are gone afterwards.
@@ -404,6 +433,7 @@ impl Contender {
             Self::Cycle(cycle) => cycle.run(length).await,
             Self::Session(cycle) => cycle.run(length).await,
             Self::Peer(cycle) => cycle.run(length).await,
+            Self::MemcachePlain(cycle) => cycle.run(length).await,
             Self::RedisPlain(cycle) => cycle.run(length).await,
             Self::RedisPeer(cycle) => cycle.run(length).await,
             Self::SqlPlain(cycle) => cycle.run(length).await,
@@ -423,10 +453,15 @@ fn is_sql(dsn: &str) -> session_core::Result<bool> {
     Ok(SqlConfig::SCHEMES.contains(&Dsn::parse(dsn)?.scheme()))
 }
 
+fn is_memcache(dsn: &str) -> session_core::Result<bool> {
+    Ok(MemcacheConfig::SCHEMES.contains(&Dsn::parse(dsn)?.scheme()))
+}
+
 /// Removes what the contenders have stored where nobody removes it as a whole.
 async fn remove(contenders: Vec<(&'static str, Contender)>) -> Result<(), Failure> {
     for (_, contender) in contenders {
         match contender {
+            Contender::MemcachePlain(cycle) => cycle.remove().await?,
             Contender::RedisPlain(cycle) => cycle.remove().await?,
             Contender::RedisPeer(cycle) => cycle.remove().await?,
             Contender::SqlPlain(cycle) => cycle.remove().await?,

@@ -8,6 +8,7 @@ mod check;
 mod crash;
 mod hammer;
 mod lab;
+mod memcache;
 mod redis;
 mod session;
 mod sql;
