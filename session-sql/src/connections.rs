@@ -18,6 +18,8 @@ use sqlx::{ConnectOptions, Connection, Database, Error, Pool};
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
+use crate::clock::Clock;
+
 /// After so long without work a connection is not trusted any more: what stands between may have forgotten it.
 const IDLE: Duration = Duration::from_secs(240);
 
@@ -42,7 +44,7 @@ pub(crate) struct Own<D: Database> {
     patience: Duration,
     permits: Semaphore,
     /// Those without work, the one used last at the end.
-    idle: Mutex<VecDeque<(D::Connection, Instant)>>,
+    idle: Mutex<VecDeque<(Timed<D>, Instant)>>,
 }
 
 impl<D: Database> Connections<D> {
@@ -72,7 +74,7 @@ impl<D: Database> Connections<D> {
     pub(crate) async fn take(&self) -> Result<Line<'_, D>, Error> {
         match self {
             Self::Own(own) => own.take().await,
-            Self::Shared(pool) => Ok(Line(Some(Kept::Shared(pool.acquire().await?)))),
+            Self::Shared(pool) => Ok(Line(Some(Kept::Shared(pool.acquire().await?, Clock::default())))),
         }
     }
 
@@ -103,8 +105,8 @@ impl<D: Database> Own<D> {
             drop(stale);
             last
         };
-        let connection = match idle {
-            Some((connection, _)) => connection,
+        let timed = match idle {
+            Some((timed, _)) => timed,
             None => {
                 let connect = async {
                     let mut connection = self.options.connect().await?;
@@ -112,13 +114,14 @@ impl<D: Database> Own<D> {
                     Ok(connection)
                 };
                 let late = || Error::Io(io::Error::new(io::ErrorKind::TimedOut, "no connection in time"));
-                timeout(self.patience, connect).await.unwrap_or_else(|_| Err(late()))?
+                let connection = timeout(self.patience, connect).await.unwrap_or_else(|_| Err(late()))?;
+                Timed { connection, clock: Clock::default() }
             }
         };
-        Ok(Line(Some(Kept::Own { connection, own: self, _permit: permit })))
+        Ok(Line(Some(Kept::Own { timed, own: self, _permit: permit })))
     }
 
-    fn idle(&self) -> MutexGuard<'_, VecDeque<(D::Connection, Instant)>> {
+    fn idle(&self) -> MutexGuard<'_, VecDeque<(Timed<D>, Instant)>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -133,23 +136,30 @@ impl<D: Database> fmt::Debug for Connections<D> {
 pub(crate) struct Line<'a, D: Database>(Option<Kept<'a, D>>);
 
 enum Kept<'a, D: Database> {
-    Own { connection: D::Connection, own: &'a Own<D>, _permit: SemaphorePermit<'a> },
-    Shared(PoolConnection<D>),
+    Own { timed: Timed<D>, own: &'a Own<D>, _permit: SemaphorePermit<'a> },
+    Shared(PoolConnection<D>, Clock),
+}
+
+/// A connection and its timer.
+struct Timed<D: Database> {
+    connection: D::Connection,
+    clock: Clock,
 }
 
 impl<D: Database> Line<'_, D> {
-    pub(crate) fn connection(&mut self) -> &mut D::Connection {
+    /// Returns the connection, and what times a flight over it.
+    pub(crate) fn timed(&mut self) -> (&mut D::Connection, &mut Clock) {
         match self.0.as_mut().expect("it is taken out only at the end") {
-            Kept::Own { connection, .. } => connection,
-            Kept::Shared(connection) => connection,
+            Kept::Own { timed: Timed { connection, clock }, .. } => (connection, clock),
+            Kept::Shared(connection, clock) => (connection, clock),
         }
     }
 
     /// What was asked on it has been answered.
     pub(crate) fn give_back(mut self) {
         match self.0.take() {
-            Some(Kept::Own { connection, own, _permit }) => own.idle().push_back((connection, Instant::now())),
-            Some(Kept::Shared(connection)) => drop(connection),
+            Some(Kept::Own { timed, own, _permit }) => own.idle().push_back((timed, Instant::now())),
+            Some(Kept::Shared(connection, _)) => drop(connection),
             None => {}
         }
     }
@@ -157,7 +167,7 @@ impl<D: Database> Line<'_, D> {
 
 impl<D: Database> Drop for Line<'_, D> {
     fn drop(&mut self) {
-        if let Some(Kept::Shared(connection)) = self.0.take() {
+        if let Some(Kept::Shared(connection, _)) = self.0.take() {
             drop(connection.detach());
         }
     }

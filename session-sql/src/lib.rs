@@ -19,6 +19,8 @@
 
 mod admin;
 mod batches;
+#[cfg(any(feature = "postgres", feature = "mysql"))]
+mod clock;
 mod config;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod connections;

@@ -502,7 +502,8 @@ async fn expired_records_are_collected_before_what_is_left_of_others() {
     Connection::open(&path).unwrap().execute_batch(left).unwrap();
     let freed = async || handler.gc(NonZeroU32::new(5).unwrap()).await.unwrap();
     assert_eq!((freed().await, freed().await), (3, 0), "three records among twenty rows, in batches of five");
-    let rows: u32 = Connection::open(&path).unwrap().query_row("SELECT count(*) FROM sessions", [], |row| row.get(0)).unwrap();
+    let rows: u32 =
+        Connection::open(&path).unwrap().query_row("SELECT count(*) FROM sessions", [], |row| row.get(0)).unwrap();
     assert_eq!(rows, 10);
 }
 

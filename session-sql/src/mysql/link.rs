@@ -148,8 +148,8 @@ impl Link {
             return Err(Failure::new(ErrorKind::TooLarge, text));
         }
         let mut line = self.connections.take().await.map_err(errors::lending)?;
+        let (connection, clock) = line.timed();
         let asking = async {
-            let connection = line.connection();
             match flight {
                 [text] if self.flies() => Ok(vec![prepare(connection, text, given).await?]),
                 flight if self.flies() => fly(connection, written(flight.iter().map(|text| (*text, given)))).await,
@@ -164,7 +164,7 @@ impl Link {
                 }
             }
         };
-        let asked = tokio::time::timeout(self.timeout, asking).await.map_err(|_| errors::silent())?;
+        let asked = clock.limit(self.timeout, asking).await.map_err(|_| errors::silent())?;
         match &asked {
             Err(error) if !errors::leaves_usable(error) => self.distrust(),
             _ => line.give_back(),
@@ -179,8 +179,8 @@ impl Link {
             return Err(Failure::unexpected("a batch was sent over a pool that is not ours"));
         }
         let mut line = self.connections.take().await.map_err(errors::lending)?;
-        let asked = tokio::time::timeout(self.timeout, fly(line.connection(), text)).await;
-        match asked.map_err(|_| errors::silent())? {
+        let (connection, clock) = line.timed();
+        match clock.limit(self.timeout, fly(connection, text)).await.map_err(|_| errors::silent())? {
             Ok(answers) => {
                 line.give_back();
                 Ok(answers)
@@ -197,13 +197,14 @@ impl Link {
     /// The same; says `None` if a row was not free at once, and then nothing of it was done.
     pub(super) async fn fly_unless_locked(&self, text: String) -> Result<Option<Vec<Answer>>, Failure> {
         let mut line = self.connections.take().await.map_err(errors::lending)?;
+        let (connection, clock) = line.timed();
         let flight = async {
-            match fly(line.connection(), text).await {
-                Err(error) if errors::is_locked(&error) => line.connection().execute("ROLLBACK").await.map(|_| None),
+            match fly(connection, text).await {
+                Err(error) if errors::is_locked(&error) => connection.execute("ROLLBACK").await.map(|_| None),
                 answers => answers.map(Some),
             }
         };
-        match tokio::time::timeout(self.timeout, flight).await.map_err(|_| errors::silent())? {
+        match clock.limit(self.timeout, flight).await.map_err(|_| errors::silent())? {
             Ok(answers) => {
                 line.give_back();
                 Ok(answers)

@@ -7,7 +7,6 @@ use std::time::Duration;
 use session_core::{ErrorKind, LeaseToken};
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::{Arguments, Decode, Encode, Row, SqlStr, Type};
-use tokio::time::timeout;
 
 use super::errors::{self, Told};
 use crate::connections::Connections;
@@ -25,8 +24,9 @@ impl Server {
     /// Whether a dropped statement was done is unknown; its connection is closed.
     pub(super) async fn ask(&self, sql: &SqlStr, parameters: Parameters) -> Result<Vec<PgRow>, Failure> {
         let mut line = self.connections.take().await.map_err(errors::unconnected)?;
-        let query = sqlx::query_with(sql.clone(), parameters.0).fetch_all(line.connection());
-        let Ok(answer) = timeout(self.timeout, query).await else {
+        let (connection, clock) = line.timed();
+        let query = sqlx::query_with(sql.clone(), parameters.0).fetch_all(connection);
+        let Ok(answer) = clock.limit(self.timeout, query).await else {
             // The connection is closed: what it says next is the answer to this.
             let fact = format!("no answer from the database within {} ms", self.timeout.as_millis());
             return Err(Failure { sent: true, ..Failure::new(ErrorKind::Unavailable, fact) });
