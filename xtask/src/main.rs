@@ -1,4 +1,4 @@
-//! Every developer command: what runs for `cargo xtask test`, `ci` and `bench`, and in which order.
+//! Every developer command: what runs for `cargo xtask test`, `ci`, `bench` and `pictures`, and in which order.
 //!
 //! How a step is run and timed is in `step.rs`, what a machine must have in `tools.rs`, which features there are in
 //! `manifest.rs`, the servers of a bench in `server.rs`. This program has no dependency, so that it is built in a second on a new machine.
@@ -22,7 +22,9 @@ usage: cargo xtask <command>
   test   installs what the tests need and is missing, then runs every test and every doctest
   ci     fmt, clippy, test, docs, each feature alone, dependencies, advisories; needs nothing prepared
   bench  [DSN...] [options of `sessionctl bench`]; without a DSN the file backend and SQLite in a temporary
-         directory, memory, and Redis, PostgreSQL, MariaDB and memcached on servers of their own";
+         directory, memory, and Redis, PostgreSQL, MariaDB and memcached on servers of their own
+  pictures
+         takes the pictures of the lab in docs/pictures anew";
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
         (Some("test"), true) => test(&mut steps, root),
         (Some("ci"), true) => ci(&mut steps, root),
         (Some("bench"), _) => bench(&mut steps, root, &rest),
+        (Some("pictures"), true) => pictures(&mut steps),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
@@ -130,6 +133,13 @@ fn bench(steps: &mut Steps, root: &Path, args: &[String]) -> Result<(), Failure>
         command = command.arg(arg);
     }
     steps.run("bench", &command)
+}
+
+/// Takes the pictures of the lab, of the program as it is given away.
+fn pictures(steps: &mut Steps) -> Result<(), Failure> {
+    tools::install_debian_packages(steps, &["sessionctl".into()])?;
+    steps.run("lab", &cargo("build --release --locked --quiet -p sessionctl"))?;
+    steps.run("pictures", &cargo("run --release --locked --quiet -p sessionctl --example pictures -- docs/pictures"))
 }
 
 /// A directory that is gone when the command is done.

@@ -33,6 +33,8 @@ const PROGRAMS: &[Program] = &[
     Program { name: "postgres", package: "postgresql", tests_of: "session-web" },
     Program { name: "chromium", package: "chromium", tests_of: "sessionkit" },
     Program { name: "chromedriver", package: "chromium-driver", tests_of: "sessionkit" },
+    Program { name: "chromium", package: "chromium", tests_of: "sessionctl" },
+    Program { name: "chromedriver", package: "chromium-driver", tests_of: "sessionctl" },
     Program { name: "php", package: "php-cli", tests_of: "session-php" },
 ];
 

@@ -89,7 +89,11 @@ struct Request {
 
 impl Request {
     async fn serve(mut self, strategy: Strategy, before: Option<oneshot::Receiver<()>>) {
-        tokio::time::sleep_until(self.board.start() + self.plan.arrival(self.at)).await;
+        // Even a sleep of nothing lasts until the next tick of the timer.
+        let arrival = self.plan.arrival(self.at);
+        if !arrival.is_zero() {
+            tokio::time::sleep_until(self.board.start() + arrival).await;
+        }
         if let Some(before) = before {
             // Requests arrive in the order of their numbers, even at the same moment. An error means that the sender is gone, which
             // is what is waited for.

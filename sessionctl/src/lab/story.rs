@@ -137,13 +137,14 @@ fn lost(lanes: &[Lane], story: &Story) -> String {
     let first = lanes.iter().find(|lane| lane.lost).and_then(|lane| Some((lane.n, lane.lost_to?)));
     let example = match first {
         Some((n, winner)) => {
-            format!(" Request {n}'s update was wiped out by request {winner}, which had read before it was written.")
+            format!(" Request {n}\u{2019}s update was wiped out by request {winner}, which had read before it was written.")
         }
         None => String::new(),
     };
     let (were, updates) = if story.lost == 1 { ("is", "update") } else { ("are", "updates") };
+    let together = if together == lanes.len() { "All".into() } else { format!("{together} of them") };
     format!(
-        "{} of {} {updates} {were} gone, and nobody was told: all requests answered \u{201c}saved\u{201d}. {together} of them read the same \
+        "{} of {} {updates} {were} gone, and nobody was told: all requests answered \u{201c}saved\u{201d}. {together} read the same \
          counter, each added one to what it had read, and each wrote over the others.{example}",
         story.lost, story.expected
     )

@@ -183,6 +183,7 @@ async function follow(address, name) {
       shown = report;
       drawRun();
     }
+    $("result").dataset.shows = `${address} ${report.state}`;
     if (report.state !== "running") return;
     await new Promise((done) => setTimeout(done, 90));
   }
@@ -299,6 +300,14 @@ function head(names, numbers) {
     make("th", { scope: "col", className: at > 0 && at < numbers ? "num" : "" }, name))));
 }
 
+/** Names each field after its column, for where there is no room for columns. */
+function label(table) {
+  const names = [...table.querySelectorAll("thead th")].map((cell) => cell.textContent);
+  for (const row of table.tBodies[0].rows) {
+    for (const [at, cell] of [...row.cells].entries()) if (cell.colSpan === 1 && names[at]) cell.dataset.label = names[at];
+  }
+}
+
 // All strategies
 
 function drawCompare() {
@@ -331,6 +340,7 @@ function drawCompare() {
     head(["Strategy", "Total", `Request ${last} waited`, "Longest wait", "Counted", "Lost"], 6),
     make("tbody", {}, ...runs.map((run) => make("tr", {}, make("th", { scope: "row" }, run.title), ...cells(run)))),
   );
+  label(rows);
   const most = Math.max(...runs.map((run) => run.total_us ?? run.now_us), 1000);
   drawings.replaceChildren();
   for (const run of runs) {
@@ -343,14 +353,14 @@ function drawCompare() {
 }
 
 function milliseconds(us) {
-  return `${(us / 1000).toLocaleString("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 })} ms`;
+  return `${(us / 1000).toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 })} ms`;
 }
 
 function verdict(runs, last) {
   const by = Object.fromEntries(runs.map((run) => [run.strategy, run]));
   const [none, lock, early] = [by.no_lock, by.exclusive, by.early_release];
   const loss = none.lost > 0 ? `Without a lock, ${none.lost} of ${none.expected} updates were lost` : "Even without a lock nothing was lost this time";
-  return `${loss}. With the lock held for the whole request none were, but it took ${milliseconds(lock.total_us)}, and request ${last} waited ${milliseconds(lock.wait_last_us)}. Giving the lock back early kept every update, in ${milliseconds(early.total_us)}: request ${last} waited ${milliseconds(early.wait_last_us)}.`;
+  return `${loss}. With the lock held for the whole request none were, but it took ${time(lock.total_us)}, and request ${last} waited ${time(lock.wait_last_us)}. Giving the lock back early kept every update, in ${time(early.total_us)}: request ${last} waited ${time(early.wait_last_us)}.`;
 }
 
 // Sessions and locks
@@ -392,6 +402,7 @@ async function list(mine = watch) {
     head(["Session", "Holder", "Held for", "Lease left", "Queue", ""], 5),
     make("tbody", {}, ...(locks.length ? locks : [none("Nobody holds a lock. Hold a session, or start a run, to see one.", 6)])),
   );
+  label($("locks"));
   for (const cell of $("locks").querySelectorAll("thead th")) {
     if (cell.textContent === "Holder") cell.className = "";
     if (cell.textContent === "") cell.setAttribute("aria-label", "Release");
@@ -403,6 +414,7 @@ async function list(mine = watch) {
     head(["Session", "Size", "Left of its life", "Lock"], 3),
     make("tbody", {}, ...(sessions.length ? sessions : [none("There are no sessions in this store.", 4)]), listing.more ? none("There are more than these.", 4) : null),
   );
+  label($("sessions"));
   if (focused) document.querySelector(`button[data-handle="${CSS.escape(focused)}"]`)?.focus();
 }
 
@@ -442,9 +454,10 @@ function say(text, failed) {
 function fill() {
   for (const { name, title, what, call } of lab.strategies) {
     const input = make("input", { type: "radio", name: "strategy", value: name, checked: name === "no_lock" });
+    input.setAttribute("aria-labelledby", `name-${name}`);
     input.setAttribute("aria-describedby", `what-${name}`);
     $("strategies").append(make("label", { className: "strategy" }, input,
-      make("span", { className: "name" }, title), make("code", {}, call), make("span", { className: "what", id: `what-${name}` }, what)));
+      make("span", { className: "name", id: `name-${name}` }, title), make("code", {}, call), make("span", { className: "what", id: `what-${name}` }, what)));
   }
   for (const select of [$("backend"), $("listed")]) {
     select.replaceChildren(...lab.backends.map(({ name, label, answers }) =>

@@ -27,9 +27,9 @@ function pitch(lanes, small) {
 
 /** Where the axis has its marks: whole numbers, at a distance that leaves room for their labels. */
 function ticks(most, width) {
-  const wish = most / Math.max(2, width / 96);
+  const wish = most / Math.max(3, width / 84);
   const power = 10 ** Math.floor(Math.log10(wish));
-  const step = [1, 2, 5, 10].map((n) => n * power).find((step) => step >= wish);
+  const step = [1, 2, 2.5, 5, 10].map((n) => n * power).find((step) => step >= wish);
   const marks = [];
   for (let at = 0; at <= most; at += step) marks.push(at);
   const [unit, by] = most < 2000 ? ["µs", 1] : most < 2e6 ? ["ms", 1e3] : ["s", 1e6];
