@@ -89,7 +89,7 @@ impl MemcacheAdmin {
                 let items = self.items(server, &few, Read::Value).await?;
                 for (key, item) in few.into_iter().zip(items) {
                     let (Some(name), Some(item)) = (name_of_record(prefix, key), item) else { continue };
-                    sessions.extend(info(name, &item));
+                    sessions.extend(info(name, item));
                 }
             }
         }
@@ -97,13 +97,14 @@ impl MemcacheAdmin {
     }
 }
 
-fn info(name: Named, item: &Item) -> Option<SessionInfo> {
-    let Body::Live { data, alias, .. } = Body::parse(&item.value) else { return None };
+fn info(name: Named, item: Item) -> Option<SessionInfo> {
+    let life = life(&item);
+    let Body::Live { data, alias, .. } = Body::parse(item.value) else { return None };
     let id = match name {
         Named::Id(id) => id,
         Named::Hashed => alias?,
     };
-    Some(SessionInfo::new(id, data.len() as u64, life(item)))
+    Some(SessionInfo::new(id, data.len() as u64, life))
 }
 
 fn life(item: &Item) -> Duration {

@@ -184,17 +184,19 @@ impl Job<'_> {
         Ok(Tried::Stored)
     }
 
-    /// Keeps in mind what is there now.
+    /// Keeps in mind what is there now, if the opening goes on.
     fn stored(&mut self, cas: u64, life: Life) {
-        let body = match (self.step.action, self.state.seen.take()) {
-            (Action::Write { id, data, .. }, _) => {
+        let seen = self.state.seen.take();
+        if self.step.then == Then::Close {
+            return;
+        }
+        let body = match self.step.action {
+            Action::Write { id, data, .. } => {
                 Some(Body::Live { last: id, data: data.to_vec(), alias: self.place.keys.alias.clone() })
             }
-            (Action::Touch { .. }, seen) => seen.map(|seen| seen.body),
+            Action::Touch { .. } => seen.map(|seen| seen.body),
         };
-        if self.step.then == Then::Keep {
-            self.state.seen = body.map(|body| Seen { cas, life, body });
-        }
+        self.state.seen = body.map(|body| Seen { cas, life, body });
     }
 
     fn value(&self, body: Option<&Body>) -> Result<(Vec<u8>, u64), Failure> {

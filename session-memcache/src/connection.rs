@@ -30,6 +30,9 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// Times of more seconds are read as points in time.
 const LONGEST_SPAN: u64 = 30 * 24 * 3600;
 
+/// How long a connection that carried a batch is taken to be open.
+const WARM: Duration = Duration::from_millis(2);
+
 /// Later than any deadline: for which items the mark is given. A point in time that fits into the 31 bits that servers read.
 const ALWAYS: &str = "R2147483647";
 
@@ -77,7 +80,9 @@ impl Connection {
     /// Whether it may carry another batch: the peer has not closed it, nothing has come unasked, and its runtime is this one.
     pub(crate) fn is_usable(&self, oldest: Duration) -> bool {
         let quiet = || matches!(self.probe.peek(&mut [0]), Err(error) if error.kind() == io::ErrorKind::WouldBlock);
-        self.runtime == Handle::current().id() && self.idle_since.elapsed() < oldest && quiet()
+        let idle = self.idle_since.elapsed();
+        // The look costs as much as a command. What has just been used is not worth it: if it broke since, that will be seen.
+        self.runtime == Handle::current().id() && idle < oldest && (idle < WARM || quiet())
     }
 
     /// Sends a batch and reads its answers. After a failure the connection is out of step.

@@ -90,14 +90,16 @@ impl Store {
             state.lock = Lock::Gone;
         }
         drop(state);
-        let foreign = item.as_ref().is_some_and(|item| matches!(Body::parse(&item.value), Body::Foreign));
-        if let Some(item) = item.as_ref().filter(|_| foreign) {
-            // Whatever it was, it stands where the session was to be removed.
-            let grave = Unswept::new(place, item.cas, life, step.mark, seconds);
-            self.sweep(place.server, vec![grave]).await;
-            return Ok(None);
-        }
-        let look = Look::at(item, life)?;
+        let cas = item.as_ref().map(|item| item.cas);
+        let look = match (Look::at(item, life), cas) {
+            (Err(_), Some(cas)) => {
+                // Whatever it was, it stands where the session was to be removed.
+                let grave = Unswept::new(place, cas, life, step.mark, seconds);
+                self.sweep(place.server, vec![grave]).await;
+                return Ok(None);
+            }
+            (look, _) => look?,
+        };
         let ttl = look.ttl();
         match look.seen {
             Some(Seen { cas, body: Body::Buried(grave), .. }) => {

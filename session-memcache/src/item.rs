@@ -124,28 +124,32 @@ pub(crate) struct Grave {
 }
 
 impl Body {
-    pub(crate) fn parse(value: &[u8]) -> Self {
+    pub(crate) fn parse(mut value: Vec<u8>) -> Self {
         let Some((header, rest)) = value.split_at_checked(HEADER) else { return Self::Foreign };
-        let (kind, last) = (&header[..4], name(&header[4..20]));
+        let (kind, last) = ([header[0], header[1], header[2], header[3]], name(&header[4..20]));
         let length = u32::from_be_bytes([header[20], header[21], header[22], header[23]]) as usize;
         let alias = usize::from(u16::from_be_bytes([header[24], header[25]]));
         let Some((alias, rest)) = rest.split_at_checked(alias) else { return Self::Foreign };
-        let Some((data, marks)) = rest.split_at_checked(length) else { return Self::Foreign };
+        let Some((_, marks)) = rest.split_at_checked(length) else { return Self::Foreign };
         if marks.len() % 16 != 0 {
             return Self::Foreign;
         }
         let destroyed = marks.first_chunk::<16>().zip(marks.last_chunk::<16>());
         let destroyed = destroyed.map(|(first, mark)| (WriteId::from_bytes(*first), WriteId::from_bytes(*mark)));
+        let before = HEADER + alias.len();
+        let alias = std::str::from_utf8(alias).ok().and_then(SessionId::parse);
+        let payload = move || {
+            value.truncate(before + length);
+            value.drain(..before);
+            value
+        };
         let grave = |mark, removed, clean| Self::Buried(Grave { mark, removed, clean });
-        match (kind, destroyed) {
-            (kind, None) if kind == LIVE => {
-                let alias = std::str::from_utf8(alias).ok().and_then(SessionId::parse);
-                Self::Live { last, data: data.to_vec(), alias }
-            }
-            (kind, Some((first, mark))) if kind == LIVE => grave(mark, Some((first, data.to_vec())), false),
-            (kind, None) if kind == BURIED => grave(last, None, true),
-            (kind, None) if kind == STUB => Self::Stub,
-            (kind, Some((_, mark))) if kind == BURIED || kind == STUB => grave(mark, None, false),
+        match (&kind, destroyed) {
+            (LIVE, None) => Self::Live { last, data: payload(), alias },
+            (LIVE, Some((first, mark))) => grave(mark, Some((first, payload())), false),
+            (BURIED, None) => grave(last, None, true),
+            (STUB, None) => Self::Stub,
+            (BURIED | STUB, Some((_, mark))) => grave(mark, None, false),
             _ => Self::Foreign,
         }
     }
@@ -258,23 +262,23 @@ mod tests {
     #[test]
     fn what_was_stored_is_told_apart() {
         let keys = keys(SHORT);
-        let parsed = |data: &[u8]| Body::parse(&keys.live(name(1), data));
+        let parsed = |data: &[u8]| Body::parse(keys.live(name(1), data));
         assert_eq!(parsed(b""), Body::Live { last: name(1), data: vec![], alias: None });
         assert_eq!(parsed(b"cart"), Body::Live { last: name(1), data: b"cart".to_vec(), alias: None });
-        assert_eq!(Body::parse(&stub()), Body::Stub);
-        assert_eq!(Body::parse(&buried(name(2))), Body::Buried(Grave { mark: name(2), removed: None, clean: true }));
+        assert_eq!(Body::parse(stub()), Body::Stub);
+        assert_eq!(Body::parse(buried(name(2))), Body::Buried(Grave { mark: name(2), removed: None, clean: true }));
     }
 
     #[test]
     fn the_first_of_several_destructions_removed_and_the_last_is_the_mark() {
         let marked = |value: Vec<u8>| [value, vec![7; 16], vec![8; 16]].concat();
-        let Body::Buried(grave) = Body::parse(&marked(keys(SHORT).live(name(1), b"cart"))) else {
+        let Body::Buried(grave) = Body::parse(marked(keys(SHORT).live(name(1), b"cart"))) else {
             panic!("it is not buried")
         };
         assert_eq!((grave.mark, grave.removed, grave.clean), (name(8), Some((name(7), b"cart".to_vec())), false));
         for value in [stub(), buried(name(2))] {
             let again = Grave { mark: name(8), removed: None, clean: false };
-            assert_eq!(Body::parse(&marked(value)), Body::Buried(again));
+            assert_eq!(Body::parse(marked(value)), Body::Buried(again));
         }
     }
 
@@ -284,7 +288,7 @@ mod tests {
         let long = [&item[..], &[0]].concat();
         let short = &item[..item.len() - 1];
         for foreign in [&b""[..], b"skm1", b"a:1:{s:4:\"cart\";}", b"{\"json\": \"as long as a header\"}", short, &long] {
-            assert_eq!(Body::parse(foreign), Body::Foreign);
+            assert_eq!(Body::parse(foreign.to_vec()), Body::Foreign);
         }
     }
 
@@ -311,7 +315,7 @@ mod tests {
             if hashed {
                 assert_eq!(name_of_record("app:", &keys.record), Some(Named::Hashed));
                 assert_eq!(name_of_lock("app:", &keys.lock), Some(Named::Hashed));
-                let Body::Live { alias, data, .. } = Body::parse(&keys.live(name(1), b"cart")) else {
+                let Body::Live { alias, data, .. } = Body::parse(keys.live(name(1), b"cart")) else {
                     panic!("it is not live")
                 };
                 assert_eq!((alias, &data[..]), (Some(id.clone()), &b"cart"[..]));

@@ -93,10 +93,12 @@ impl Pool {
     }
 
     async fn exchange_with(&self, server: &Server, commands: Vec<Command>, life: Option<Life>) -> Result<Answers, Failure> {
-        let until = At::now() + self.timeout;
-        let place = timeout_at(until, server.places.acquire()).await;
-        let Ok(Ok(_place)) = place else {
-            return Err(Failure::unavailable("all connections to it are busy; see the option connections"));
+        let _place = match server.places.try_acquire() {
+            Ok(place) => place,
+            Err(_) => match timeout_at(At::now() + self.timeout, server.places.acquire()).await {
+                Ok(Ok(place)) => place,
+                _ => return Err(Failure::unavailable("all connections to it are busy; see the option connections")),
+            },
         };
         let mut connection = self.checkout(server).await?;
         let facts = connection.facts.clone();

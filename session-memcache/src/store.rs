@@ -81,7 +81,7 @@ pub(crate) struct Look {
 impl Look {
     pub(crate) fn at(item: Option<Item>, life: Life) -> Result<Self, Failure> {
         let Some(item) = item else { return Ok(Self::default()) };
-        match Body::parse(&item.value) {
+        match Body::parse(item.value) {
             Body::Foreign => Err(Failure::corrupt()),
             body => Ok(Self { seen: Some(Seen { cas: item.cas, life, body }), left: item.seconds, marked: item.marked }),
         }
