@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use session_core::{Dsn, Error, ErrorKind, Result};
 
+use crate::joined::Joined;
 use crate::pool::Pool;
 use crate::store::Store;
 
@@ -69,8 +70,6 @@ pub struct MemcacheConfig {
     pub timeout: Duration,
     /// How long to wait for a connection. Default 1 s.
     pub connect_timeout: Duration,
-    /// How many connections to a server there may be at a time. Default 64.
-    pub connections: u32,
     /// The shortest pause of a waiter between two questions. Default 1 ms.
     pub poll_min: Duration,
     /// The longest. Default 50 ms.
@@ -93,7 +92,6 @@ impl Default for MemcacheConfig {
             prefix: "session:".into(),
             timeout: Duration::from_secs(2),
             connect_timeout: Duration::from_secs(1),
-            connections: 64,
             poll_min: Duration::from_millis(1),
             poll_max: Duration::from_millis(50),
             failover: false,
@@ -110,7 +108,6 @@ impl fmt::Debug for MemcacheConfig {
             .field("prefix", &self.prefix)
             .field("timeout", &self.timeout)
             .field("connect_timeout", &self.connect_timeout)
-            .field("connections", &self.connections)
             .field("poll_min", &self.poll_min)
             .field("poll_max", &self.poll_max)
             .field("failover", &self.failover)
@@ -125,8 +122,7 @@ impl MemcacheConfig {
     pub const SCHEMES: &[&str] = &["memcache"];
 
     /// The options of these DSNs beside the common ones.
-    pub const OPTIONS: &[&str] =
-        &["weights", "timeout", "connect_timeout", "connections", "poll_min", "poll_max", "failover"];
+    pub const OPTIONS: &[&str] = &["weights", "timeout", "connect_timeout", "poll_min", "poll_max", "failover"];
 
     /// Takes the defaults for `servers`.
     #[must_use]
@@ -194,9 +190,6 @@ impl MemcacheConfig {
                 *field = span;
             }
         }
-        if let Some(count) = dsn.number("connections", 1..=10_000)? {
-            this.connections = count as u32;
-        }
         this.failover = dsn.flag("failover")?.unwrap_or(false);
         this.max_bytes = dsn.number("max_bytes", 1..=1 << 30)?.map(|bytes| bytes as usize);
         this.strict_expiry = dsn.flag("strict_expiry")?.unwrap_or(false);
@@ -233,13 +226,6 @@ impl MemcacheConfig {
     #[must_use]
     pub fn with_connect_timeout(mut self, timeout: Duration) -> Self {
         self.connect_timeout = timeout;
-        self
-    }
-
-    /// The same with another number of connections to a server.
-    #[must_use]
-    pub fn with_connections(mut self, connections: u32) -> Self {
-        self.connections = connections;
         self
     }
 
@@ -305,16 +291,14 @@ impl MemcacheConfig {
         if !bounds.contains(&self.poll_min) || !bounds.contains(&self.poll_max) || self.poll_min > self.poll_max {
             return Err(config("poll_min and poll_max have to be between 1ms and 10s, and poll_min the smaller one"));
         }
-        if self.connections == 0 {
-            return Err(config("connections is at least 1"));
-        }
         Ok(())
     }
 
     /// Connects, and has each server say what it is.
     pub(crate) async fn connect(self) -> Result<Arc<Store>> {
         self.check()?;
-        let store = Store::new(Arc::new(Pool::new(&self)), self)?;
+        let transport = Joined::new(Pool::new(&self), self.timeout);
+        let store = Store::new(Arc::new(transport), self)?;
         store.greet().await?;
         Ok(store)
     }
@@ -351,7 +335,7 @@ mod tests {
         assert_eq!(one.servers, [MemcacheServer::new("h", 11211)]);
         assert_eq!((&*one.prefix, one.max_bytes, one.failover), ("session:", None, false));
         let two = parse(
-            "memcache://me:s%40t@h1:7000,[::1]:7001/?weights=2,1&prefix=app:&timeout=500ms&connect_timeout=2s&connections=9\
+            "memcache://me:s%40t@h1:7000,[::1]:7001/?weights=2,1&prefix=app:&timeout=500ms&connect_timeout=2s\
              &poll_min=2ms&poll_max=20ms&failover=on&max_bytes=99&strict_expiry=on&ttl=20m",
         )
         .unwrap();
@@ -360,7 +344,7 @@ mod tests {
         assert_eq!((two.user.as_deref(), two.password.as_deref()), (Some("me"), Some("s@t")));
         assert_eq!((two.timeout, two.connect_timeout), (Duration::from_millis(500), Duration::from_secs(2)));
         assert_eq!((two.poll_min, two.poll_max), (Duration::from_millis(2), Duration::from_millis(20)));
-        assert_eq!((&*two.prefix, two.connections, two.max_bytes), ("app:", 9, Some(99)));
+        assert_eq!((&*two.prefix, two.max_bytes), ("app:", Some(99)));
         assert!(two.failover && two.strict_expiry);
     }
 
@@ -379,7 +363,6 @@ mod tests {
             ("memcache://h?timeout=1ms", "10ms"),
             ("memcache://h?poll_min=20ms&poll_max=10ms", "poll_min"),
             ("memcache://h?poll=20ms", "unknown option poll"),
-            ("memcache://h?connections=0", "connections=0"),
             ("memcache://h?failover=maybe", "on, off"),
             ("memcache://h?prefix=a%20b", "prefix"),
             ("memcache://h?layout=php", "layout=php"),

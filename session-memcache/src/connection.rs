@@ -14,7 +14,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::runtime::{Handle, Id};
 
-use crate::transport::{Answer, Command, Failure, Item, Life, Read, When};
+use crate::transport::{Answer, Command, Failure, Flight, Item, Life, Read, When};
 
 /// The first version whose meta commands are ours.
 const OLDEST: (u64, u64, u64) = (1, 6, 10);
@@ -26,6 +26,9 @@ const LIST: &[u8] = b"lru_crawler metadump hash\r\n";
 /// How long to wait for others who have it list its keys, and how often to ask.
 const PATIENCE: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(5);
+
+/// What an item has beside key and value at most, in the eyes of the server.
+const OVERHEAD: usize = 64;
 
 /// Times of more seconds are read as points in time.
 const LONGEST_SPAN: u64 = 30 * 24 * 3600;
@@ -49,6 +52,22 @@ pub(crate) struct Facts {
 }
 
 impl Facts {
+    /// Says why a flight cannot be sent to this server, if it cannot.
+    pub(crate) fn judge(&self, flight: &Flight) -> Result<(), Failure> {
+        if flight.life.is_some_and(|life| life != self.life) && !self.chosen {
+            return Err(Failure::restarted());
+        }
+        for command in &flight.commands {
+            if let Command::Set { key, value, .. } = command
+                && key.len() + value.len() + OVERHEAD > self.item_limit
+            {
+                let message = format!("it holds items of {} bytes at most; see its option -I", self.item_limit);
+                return Err(Failure::new(ErrorKind::TooLarge, message));
+            }
+        }
+        Ok(())
+    }
+
     fn now(&self) -> u64 {
         self.time + self.asked.elapsed().as_secs()
     }

@@ -65,7 +65,7 @@
 //!
 //! Reading order: `item` (what stands where), `transport` (what is said to a server), `store` (what is known of a session),
 //! `acquire` (taking a lock) and `wait` (whose turn it is), `change` (the fence), `destroy`, `lease` (renewing, and giving back),
-//! `handler`; `connection`, `pool` and `ring` (who is asked); `admin`.
+//! `handler`; `joined`, `pool`, `connection` and `ring` (who is asked, and what goes together); `admin`.
 
 mod acquire;
 mod admin;
@@ -75,6 +75,7 @@ mod connection;
 mod destroy;
 mod handler;
 mod item;
+mod joined;
 mod lease;
 mod lock;
 mod pool;

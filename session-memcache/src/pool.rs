@@ -1,19 +1,19 @@
-//! Connections to each server, each of which carries one batch at a time.
+//! Connections to each server, each of which carries one batch at a time. There are as many as batches are on their way at once.
 //!
 //! A server that does not answer fails its own sessions and nobody else's. Which server a session is on is not known here.
 
 use std::fmt;
+use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use session_core::ErrorKind;
-use tokio::sync::Semaphore;
 use tokio::time::{Instant as At, timeout_at};
 
 use crate::config::{MemcacheConfig, MemcacheServer};
 use crate::connection::{Connection, Facts};
-use crate::transport::{Answers, Command, Failure, Life, Transport};
+use crate::transport::{Answers, Failure, Flight, Transport};
 
 /// A connection that has been idle for longer is not trusted: something between may have forgotten it.
 const IDLE: Duration = Duration::from_secs(60);
@@ -23,9 +23,6 @@ const DOWN: Duration = Duration::from_secs(5);
 
 /// The size of items where no server has been asked yet.
 const ITEM_LIMIT: usize = 1 << 20;
-
-/// What an item has beside key and value at most, in the eyes of the server.
-const OVERHEAD: usize = 64;
 
 pub(crate) struct Pool {
     servers: Vec<Server>,
@@ -39,7 +36,6 @@ struct Server {
     host: String,
     port: u16,
     idle: Mutex<Vec<Connection>>,
-    places: Semaphore,
     known: Mutex<Known>,
 }
 
@@ -56,7 +52,6 @@ impl Pool {
             host: server.host.clone(),
             port: server.port,
             idle: Mutex::default(),
-            places: Semaphore::new(config.connections as usize),
             known: Mutex::default(),
         };
         Self {
@@ -92,38 +87,45 @@ impl Pool {
         self.connect(server).await
     }
 
-    async fn exchange_with(&self, server: &Server, commands: Vec<Command>, life: Option<Life>) -> Result<Answers, Failure> {
-        let _place = match server.places.try_acquire() {
-            Ok(place) => place,
-            Err(_) => match timeout_at(At::now() + self.timeout, server.places.acquire()).await {
-                Ok(Ok(place)) => place,
-                _ => return Err(Failure::unavailable("all connections to it are busy; see the option connections")),
-            },
+    async fn exchange_with(&self, server: &Server, flights: Vec<Flight>) -> Vec<Result<Answers, Failure>> {
+        let mut connection = match self.checkout(server).await {
+            Ok(connection) => connection,
+            Err(failure) if flights.len() == 1 => return vec![Err(failure)],
+            Err(failure) => return flights.iter().map(|_| Err(failure.again())).collect(),
         };
-        let mut connection = self.checkout(server).await?;
         let facts = connection.facts.clone();
-        if life.is_some_and(|life| life != facts.life) && !facts.chosen {
-            server.put(connection);
-            return Err(Failure::restarted());
-        }
-        for command in &commands {
-            if let Command::Set { key, value, .. } = command
-                && key.len() + value.len() + OVERHEAD > facts.item_limit
-            {
-                server.put(connection);
-                let message = format!("it holds items of {} bytes at most; see its option -I", facts.item_limit);
-                return Err(Failure::new(ErrorKind::TooLarge, message));
+        let mut commands = Vec::new();
+        // How many answers each has to get, or why it was not sent.
+        let mut sent = Vec::with_capacity(flights.len());
+        for flight in flights {
+            match facts.judge(&flight) {
+                Ok(()) => {
+                    sent.push(Ok(flight.commands.len()));
+                    if commands.is_empty() {
+                        commands = flight.commands;
+                    } else {
+                        commands.extend(flight.commands);
+                    }
+                }
+                Err(failure) => sent.push(Err(failure)),
             }
         }
-        // Whoever had to wait for a connection has as long for the answer as everybody.
         let until = At::now() + self.timeout;
-        let answers = match timeout_at(until, connection.exchange(commands)).await {
-            Ok(answers) => answers?,
-            Err(_) => return Err(Failure::unavailable("it did not answer in time").after_sending(false)),
+        let exchanged = match timeout_at(until, connection.exchange(commands)).await {
+            Ok(answers) => answers,
+            Err(_) => Err(Failure::unavailable("it did not answer in time").after_sending(false)),
+        };
+        let mut answers = match exchanged {
+            Ok(answers) => answers.into_iter(),
+            Err(failure) if sent.len() == 1 => return vec![Err(sent.pop().and_then(Result::err).unwrap_or(failure))],
+            Err(failure) => {
+                return sent.into_iter().map(|sent| Err(sent.err().unwrap_or_else(|| failure.again()))).collect();
+            }
         };
         connection.idle_since = Instant::now();
         server.put(connection);
-        Ok(Answers::new(answers, facts.life))
+        let mut next = |count| Answers::new(answers.by_ref().take(count).collect(), facts.life);
+        sent.into_iter().map(|sent| sent.map(&mut next)).collect()
     }
 }
 
@@ -147,9 +149,14 @@ impl Server {
 
 #[async_trait]
 impl Transport for Pool {
-    async fn exchange(&self, server: usize, commands: Vec<Command>, life: Option<Life>) -> Result<Answers, Failure> {
+    async fn exchange_all(&self, server: usize, flights: Vec<Flight>) -> Vec<Result<Answers, Failure>> {
         let server = &self.servers[server];
-        self.exchange_with(server, commands, life).await.map_err(|failure| failure.of(&server.name))
+        let mut answers = self.exchange_with(server, flights).await;
+        for failed in answers.iter_mut().filter(|answers| answers.is_err()) {
+            let failure = mem::replace(failed, Err(Failure::restarted()));
+            *failed = failure.map_err(|failure| failure.of(&server.name));
+        }
+        answers
     }
 
     async fn keys(

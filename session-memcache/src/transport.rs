@@ -31,6 +31,24 @@ pub(crate) enum Command {
     },
 }
 
+impl Command {
+    /// Returns about how many bytes it has on the way there.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Get { key, .. } | Self::Delete { key, .. } => key.len() + 24,
+            Self::Set { key, value, .. } => key.len() + value.len() + 48,
+        }
+    }
+}
+
+/// Commands that go together and in this order.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    pub(crate) commands: Vec<Command>,
+    /// The life of the server that the numbers in them are from.
+    pub(crate) life: Option<Life>,
+}
+
 /// What is read of an item.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Read {
@@ -137,7 +155,13 @@ pub(crate) trait Transport: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Cancel safety
     /// A dropped future may have sent them.
-    async fn exchange(&self, server: usize, commands: Vec<Command>, life: Option<Life>) -> Result<Answers, Failure>;
+    async fn exchange(&self, server: usize, commands: Vec<Command>, life: Option<Life>) -> Result<Answers, Failure> {
+        let answers = self.exchange_all(server, vec![Flight { commands, life }]).await.pop();
+        answers.unwrap_or_else(|| Err(Failure::unexpected("a batch was answered by nothing")))
+    }
+
+    /// The same for several that have nothing to do with each other, with an answer for each, in order.
+    async fn exchange_all(&self, server: usize, flights: Vec<Flight>) -> Vec<Result<Answers, Failure>>;
 
     /// Has a server list the keys that begin with `prefix`, each passed to `key`.
     async fn keys(
