@@ -87,6 +87,10 @@ async fn start(browser: &Browser, preset: &str) {
 
 /// Writes a picture of the page to a file: from its top, at most this high.
 async fn picture(browser: &Browser, path: &Path, width: u32, most: u64) {
+    // Nothing is to show that it is pointed at.
+    browser.ask("Input.dispatchMouseEvent", json!({"type": "mouseMoved", "x": 0, "y": 0})).await;
+    // Colours take a moment to change.
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
     let height = browser.script("return document.documentElement.scrollHeight").await.as_u64().unwrap().min(most);
     let clip = json!({"x": 0, "y": 0, "width": width, "height": height, "scale": 1});
     let how = json!({"format": "png", "captureBeyondViewport": true, "clip": clip});

@@ -29,6 +29,9 @@ pub(super) struct Lane {
     pub(super) saving_us: Option<u64>,
     /// When its change was acknowledged and the lock, if it had one, given back.
     pub(super) released_us: Option<u64>,
+    /// How long it can have held the lock: until it was told that the lock was given back, or, if that took longer, until the next
+    /// one had it.
+    pub(super) held_until_us: Option<u64>,
     pub(super) done_us: Option<u64>,
     /// The counter that it read.
     pub(super) saw: Option<u64>,
@@ -48,7 +51,7 @@ pub(super) struct Handover {
     pub(super) from: usize,
     pub(super) to: usize,
     pub(super) at_us: u64,
-    /// From where the one had heard that it was released to where the other had it; 0 if the other was quicker.
+    /// From where the one had heard that it was given back to where the other had it; 0 if the other was quicker.
     pub(super) took_us: u64,
 }
 
@@ -92,7 +95,9 @@ impl Board {
     }
 
     pub(super) fn snapshot(&self) -> Vec<Lane> {
-        self.lanes().clone()
+        let mut lanes = self.lanes().clone();
+        settle(&mut lanes);
+        lanes
     }
 
     /// Marks the updates that were acknowledged and are not among `present`, the requests whose changes are in the session.
@@ -114,6 +119,20 @@ impl Board {
     }
 }
 
+/// Says of each holder until when it held the lock.
+///
+/// The store gives a lock back at some moment between the call and its return. Whoever has it next may come to run before the one
+/// who called, and then it was given back by then. Somebody who had it before the call cuts nothing short: that would be two holders
+/// at a time, and is to be seen as that.
+fn settle(lanes: &mut [Lane]) {
+    let openings: Vec<u64> = lanes.iter().filter(|lane| lane.holds).filter_map(|lane| lane.opened_us).collect();
+    for lane in lanes.iter_mut().filter(|lane| lane.holds) {
+        let (Some(saving), Some(released)) = (lane.saving_us, lane.released_us) else { continue };
+        let next = openings.iter().filter(|opened| (saving..released).contains(opened)).min();
+        lane.held_until_us = Some(next.copied().unwrap_or(released));
+    }
+}
+
 /// Who took the lock over from whom: of the requests that held it, in the order in which they had it, each one that was waiting
 /// already when the one before it gave the lock back.
 pub(super) fn handovers(lanes: &[Lane]) -> Vec<Handover> {
@@ -121,7 +140,7 @@ pub(super) fn handovers(lanes: &[Lane]) -> Vec<Handover> {
     holders.sort_by_key(|lane| lane.opened_us);
     let handover = |pair: &[&Lane]| {
         let (from, to) = (pair[0], pair[1]);
-        let (released, queued, opened) = (from.released_us?, to.queued_us?, to.opened_us?);
+        let (released, queued, opened) = (from.held_until_us?, to.queued_us?, to.opened_us?);
         (queued < released).then(|| Handover {
             from: from.n,
             to: to.n,
@@ -142,17 +161,27 @@ mod tests {
             holds: true,
             queued_us: Some(queued),
             opened_us: Some(opened),
+            saving_us: Some(released - 10),
             released_us: Some(released),
+            held_until_us: Some(released),
             outcome: Some("saved"),
             ..Lane::default()
         }
     }
 
     #[test]
+    fn a_hold_ends_when_the_next_one_has_the_lock_but_only_after_it_was_to_be_given_back() {
+        let mut lanes = [lane(1, 0, 10, 100), lane(2, 5, 95, 200), lane(3, 6, 150, 300)];
+        settle(&mut lanes);
+        // The third has it while the second has not yet asked to give it back: two at a time, and shown.
+        assert_eq!(lanes.map(|lane| lane.held_until_us), [Some(95), Some(200), Some(300)]);
+    }
+
+    #[test]
     fn a_handover_is_from_a_holder_to_whoever_was_waiting() {
-        let lanes = [lane(1, 0, 10, 100), lane(2, 5, 120, 200), lane(3, 300, 310, 400), lane(4, 301, 395, 500)];
+        let lanes = [lane(1, 0, 10, 100), lane(2, 5, 120, 200), lane(3, 300, 310, 400), lane(4, 301, 400, 500)];
         let (first, last) =
-            (Handover { from: 1, to: 2, at_us: 120, took_us: 20 }, Handover { from: 3, to: 4, at_us: 395, took_us: 0 });
+            (Handover { from: 1, to: 2, at_us: 120, took_us: 20 }, Handover { from: 3, to: 4, at_us: 400, took_us: 0 });
         assert_eq!(handovers(&lanes), [first, last]);
         let unlocked = lanes.map(|lane| Lane { holds: false, ..lane });
         assert_eq!(handovers(&unlocked), []);

@@ -37,7 +37,7 @@ pub(super) fn tell(strategy: Strategy, lanes: &[Lane], found: &Found) -> Story {
     let expected = lanes.iter().filter(|lane| lane.saved()).count() as u64;
     let lost = lanes.iter().filter(|lane| lane.lost).count() as u64;
     let waits = sorted(lanes.iter().filter_map(Lane::waited_us));
-    let held = sorted(lanes.iter().filter(|lane| lane.holds).filter_map(|lane| span(lane.opened_us, lane.released_us)));
+    let held = sorted(lanes.iter().filter(|lane| lane.holds).filter_map(|lane| span(lane.opened_us, lane.held_until_us)));
     let mut story = Story {
         expected,
         found: found.counter,

@@ -12,7 +12,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use conformance_tests::servers::{MariaDb, Postgres, Redis};
+use conformance_tests::servers::{MariaDb, Memcached, Postgres, Redis};
 use serde_json::{Value, json};
 use thirtyfour::Key;
 
@@ -72,7 +72,7 @@ fn true_to(run: &Value, drawn: &Value) {
     assert_eq!(drawn["lanes"].as_array().unwrap().len(), lanes.len());
     for (lane, drawn) in lanes.iter().zip(drawn["lanes"].as_array().unwrap()) {
         let at = |key: &str| lane[key].as_f64().unwrap();
-        let bars = [("working", "work_began_us", "work_ended_us"), ("holding", "opened_us", "released_us")];
+        let bars = [("working", "work_began_us", "work_ended_us"), ("holding", "opened_us", "held_until_us")];
         for (kind, from, to) in bars.into_iter().filter(|(kind, ..)| *kind == "working" || lane["holds"] == true) {
             let bar = &drawn[kind][0];
             assert!((bar[0].as_f64().unwrap() - at(from)).abs() <= 2.0 * pixel, "{kind} {lane} {drawn} {pixel}");
@@ -88,15 +88,17 @@ async fn every_strategy_on_every_backend_shows_what_was_measured_in_light_and_da
     let place = tempfile::tempdir().unwrap();
     let (redis, postgres, mariadb) =
         (Redis::start(&[]).unwrap(), Postgres::start(&[]).unwrap(), MariaDb::start(&[]).unwrap());
+    let memcached = Memcached::start(&[]).unwrap();
     let lab = start(&[
         format!("file://{}/files", place.path().display()),
         redis.url(),
         format!("{}?create=on", postgres.url()),
         format!("{}?create=on", mariadb.url()),
         format!("sqlite://{}/sessions.db?create=on", place.path().display()),
+        memcached.url(),
         "memory://".into(),
     ]);
-    assert_eq!(lab.backends, ["file", "redis", "postgres", "mysql", "sqlite", "memory"]);
+    assert_eq!(lab.backends, ["file", "redis", "postgres", "mysql", "sqlite", "memcache", "memory"]);
     let browser = open(&lab, "/").await;
     for (width, scheme) in [(1440, Scheme::Light), (1440, Scheme::Dark), (375, Scheme::Light), (375, Scheme::Dark)] {
         browser.be(width, scheme).await;

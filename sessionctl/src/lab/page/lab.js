@@ -273,7 +273,7 @@ function tell(lane) {
     ["waited", span(lane.queued_us, lane.opened_us)],
     ["worked", span(lane.work_began_us, lane.work_ended_us)],
     ["saved in", span(lane.saving_us, lane.released_us)],
-    ["held the lock for", lane.holds ? span(lane.opened_us, lane.released_us) : null],
+    ["held the lock for", lane.holds ? span(lane.opened_us, lane.held_until_us) : null],
   ].filter(([, us]) => us !== null).map(([what, us]) => `${what} ${time(us)}`);
   const counted = lane.saw === null ? "" : lane.outcome === "saved" ? ` It read ${lane.saw} and added one.` : ` It read ${lane.saw}.`;
   const refused = lane.outcome && !["saved", "read"].includes(lane.outcome) ? ` It was refused: ${lane.outcome.replace("_", " ")}.` : "";
@@ -384,38 +384,54 @@ async function list(mine = watch) {
     return;
   }
   if (mine !== watch || backend !== $("listed").value) return;
-  // A row that is being looked at by key stays where the focus is.
-  const focused = document.activeElement?.dataset?.handle;
-  const none = (text, width) => make("tr", {}, make("td", { className: "none", colSpan: width }, text));
-  const handle = (text) => make("th", { scope: "row", className: "handle" }, text);
-  const locks = listing.locks.map((lock) => {
+  const lock = listing.locks.map((lock) => [lock.handle, [
+    lock.holder ?? "not known to this store", age(lock.held_ms, "not known"), age(lock.lease_left_ms, "no limit"),
+    String(lock.waiting ?? "not known"),
+  ], (row) => {
     const button = make("button", { type: "button", className: "secondary" }, "Release");
     button.dataset.handle = lock.handle;
     button.setAttribute("aria-label", `Release the lock of ${lock.handle}`);
     button.onclick = () => release(backend, lock.handle);
-    const note = lock.ours ? make("span", { className: "small-note" }, " – this lab, for show") : null;
-    return make("tr", {}, handle(lock.handle), make("td", {}, lock.holder ?? "not known to this store", note),
-      make("td", { className: "num" }, age(lock.held_ms, "not known")), make("td", { className: "num" }, age(lock.lease_left_ms, "no limit")),
-      make("td", { className: "num" }, String(lock.waiting ?? "not known")), make("td", {}, button));
-  });
-  $("locks").replaceChildren(
-    head(["Session", "Holder", "Held for", "Lease left", "Queue", ""], 5),
-    make("tbody", {}, ...(locks.length ? locks : [none("Nobody holds a lock. Hold a session, or start a run, to see one.", 6)])),
-  );
-  label($("locks"));
-  for (const cell of $("locks").querySelectorAll("thead th")) {
-    if (cell.textContent === "Holder") cell.className = "";
-    if (cell.textContent === "") cell.setAttribute("aria-label", "Release");
+    row.append(make("td", {}, button));
+    if (lock.ours) row.cells[1].append(make("span", { className: "small-note" }, " – this lab, for show"));
+  }]);
+  rows($("locks"), [["Session"], ["Holder"], ["Held for", "num"], ["Lease left", "num"], ["Queue", "num"], ["Release"]], lock, "Nobody holds a lock. Hold a session, or start a run, to see one.");
+  const session = listing.sessions.map((session) => [session.handle, [
+    `${session.bytes.toLocaleString("en")} bytes`, age(session.left_ms, "–"), session.locked ? "held" : "free",
+  ], () => {}]);
+  rows($("sessions"), [["Session"], ["Size", "num"], ["Left of its life", "num"], ["Lock"]], session, "There are no sessions in this store.");
+  $("more").hidden = !listing.more;
+}
+
+/**
+ * Shows one row for each handle. Rows that are there already stay, with other numbers in them: a button must not be put anew under a
+ * finger, a mouse or the focus.
+ */
+function rows(table, columns, wanted, none) {
+  if (!table.tHead) {
+    table.append(make("thead", {}, make("tr", {}, ...columns.map(([name, kind]) => make("th", { scope: "col", className: kind ?? "" }, name)))), make("tbody"));
   }
-  const sessions = listing.sessions.map((session) => make("tr", {}, handle(session.handle),
-    make("td", { className: "num" }, `${session.bytes.toLocaleString("en")} bytes`), make("td", { className: "num" }, age(session.left_ms, "–")),
-    make("td", {}, session.locked ? "held" : "free")));
-  $("sessions").replaceChildren(
-    head(["Session", "Size", "Left of its life", "Lock"], 3),
-    make("tbody", {}, ...(sessions.length ? sessions : [none("There are no sessions in this store.", 4)]), listing.more ? none("There are more than these.", 4) : null),
-  );
-  label($("sessions"));
-  if (focused) document.querySelector(`button[data-handle="${CSS.escape(focused)}"]`)?.focus();
+  const body = table.tBodies[0];
+  const before = new Map([...body.rows].map((row) => [row.dataset.handle, row]));
+  const after = wanted.map(([handle, texts, finish]) => {
+    const row = before.get(handle) ?? make("tr");
+    if (!row.dataset.handle) {
+      row.dataset.handle = handle;
+      row.append(make("th", { scope: "row", className: "handle" }, handle));
+      for (const [at] of texts.entries()) row.append(make("td", { className: columns[at + 1][1] ?? "" }, make("span")));
+      finish(row);
+      for (const [at, cell] of [...row.cells].entries()) if (!cell.querySelector("button")) cell.dataset.label = columns[at][0];
+    }
+    for (const [at, text] of texts.entries()) row.cells[at + 1].firstChild.textContent = text;
+    return row;
+  });
+  if (after.length === 0) {
+    const row = before.get("none") ?? make("tr", {}, make("td", { className: "none", colSpan: columns.length }, none));
+    row.dataset.handle = "none";
+    after.push(row);
+  }
+  for (const row of [...body.rows]) if (!after.includes(row)) row.remove();
+  for (const [at, row] of after.entries()) if (body.rows[at] !== row) body.insertBefore(row, body.rows[at] ?? null);
 }
 
 function age(ms, unknown) {

@@ -89,7 +89,7 @@ export function draw(holder, run, { most, picked = 0, small = false } = {}) {
         group.append(svg("line", { class: "waiting", x1: x(lane.queued_us), x2: x(end), y1: middle, y2: middle, "stroke-width": row < 8 ? 1 : 2 }));
       }
     }
-    if (lane.holds && lane.opened_us !== null) rect("holding", lane.opened_us, lane.released_us ?? lane.done_us, bar, 2.5);
+    if (lane.holds && lane.opened_us !== null) rect("holding", lane.opened_us, lane.held_until_us ?? lane.done_us, bar, 2.5);
     if (lane.work_began_us !== null) rect("working", lane.work_began_us, lane.work_ended_us, row < 8 ? bar - (lane.holds ? 2 : 0) || 1 : slim);
     if (!lane.holds && lane.saving_us !== null) rect("saving", lane.saving_us, lane.released_us ?? lane.done_us, bar, 2.5);
     const end = lane.released_us === null ? null : x(lane.released_us);
@@ -109,7 +109,7 @@ export function draw(holder, run, { most, picked = 0, small = false } = {}) {
   for (const hand of run.handovers ?? []) {
     const from = lanes[hand.from - 1];
     const [down, above] = [hand.to > hand.from, Math.abs(hand.to - hand.from) === 1];
-    const [x1, x2] = [x(Math.min(from.released_us, hand.at_us)), x(hand.at_us)];
+    const [x1, x2] = [x(Math.min(from.held_until_us, hand.at_us)), x(hand.at_us)];
     const y1 = y(hand.from) + row / 2 + (down ? bar / 2 : -bar / 2);
     const y2 = y(hand.to) + row / 2 + (down ? -bar / 2 : bar / 2);
     if (!roomy && !above) continue;
