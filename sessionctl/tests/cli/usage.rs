@@ -46,7 +46,7 @@ fn wrong_words_end_with_two_and_leave_stdout_empty() {
 #[test]
 fn a_store_that_cannot_be_meant_ends_with_two() {
     let id = new_id();
-    run(&["get", "ftp://h/0", &id]).refused(2, "unknown scheme ftp:// (accepted: file://, memory://, redis://");
+    run(&["get", "ftp://h/0", &id]).refused(2, "unknown scheme ftp:// (accepted: file://, memcache://, memory://, redis://");
     run(&["ls", "nonsense"]).refused(2, "://");
     run(&["gc", "memory://?wiat=1s"]).refused(2, "did you mean wait?");
     run(&["incr", "memory://?ttl=5", &id, "n"]).refused(2, "20m");
