@@ -1,8 +1,11 @@
-//! The stores that `sessionctl bench` measures ours beside and that cannot be linked into it: those of `tower-sessions-sqlx-store`.
+//! The stores that `sessionctl bench` measures ours beside and that cannot be linked into it: those of `tower-sessions-sqlx-store`,
+//! and for whole requests ([`web`]) the middlewares of tower-sessions and axum_session.
 //!
 //! Started with the place to be measured as a line of JSON on stdin, it answers with a line when it is ready, and then with a line
 //! for each line that says how long to run, until there are no more. What it stored is removed then. A cycle is load and save; no
 //! lock is taken.
+
+mod web;
 
 use std::io::{BufRead, Lines, StdinLock, Write};
 use std::sync::Arc;
@@ -28,11 +31,16 @@ struct Task {
     connections: u32,
     tasks: usize,
     payload: usize,
+    /// Whole requests through this middleware, and not the store alone.
+    #[serde(default)]
+    web: Option<web::Middleware>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Place {
+    /// Only for whole requests; the database is a number.
+    Redis(Server),
     Postgres(Server),
     MySql(Server),
     /// A write-ahead log, as ours has one.
@@ -73,8 +81,12 @@ async fn work() -> Outcome<()> {
     let mut lines = std::io::stdin().lock().lines();
     let first = lines.next().ok_or("this program is for sessionctl bench, which says on stdin what to measure")??;
     let task: Task = serde_json::from_str(&first).map_err(|_| "the first line does not say what to measure")?;
-    let table = format!("sessionctl_peer_{:x}_{:x}", std::process::id(), std::time::UNIX_EPOCH.elapsed()?.subsec_nanos());
+    if let Some(middleware) = task.web {
+        return web::measure(middleware, &task, lines).await;
+    }
+    let table = table()?;
     match &task.place {
+        Place::Redis(_) => Err("the store for Redis alone is linked into sessionctl bench".into()),
         Place::Postgres(server) => {
             let options = PgConnectOptions::new().host(&server.host).port(server.port).database(&server.database);
             let options = server.user.iter().fold(options, |options, user| options.username(user));
@@ -111,6 +123,11 @@ async fn work() -> Outcome<()> {
     }
 }
 
+/// A name that nobody else has.
+fn table() -> Outcome<String> {
+    Ok(format!("sessionctl_peer_{:x}_{:x}", std::process::id(), std::time::UNIX_EPOCH.elapsed()?.subsec_nanos()))
+}
+
 async fn measure<S: SessionStore + Clone>(store: S, task: &Task, lines: Lines<StdinLock<'_>>) -> Outcome<()> {
     // A session of theirs is the way to their date type that needs no further crate; it lives for two weeks.
     let expiry_date = Session::new(None, Arc::new(store.clone()), None).expiry_date();
@@ -121,10 +138,27 @@ async fn measure<S: SessionStore + Clone>(store: S, task: &Task, lines: Lines<St
         store.create(&mut record).await?;
         ids.push(record.id);
     }
+    answer(lines, async |length| {
+        let store = store.clone();
+        let cycle = move |id: Id| {
+            let store = store.clone();
+            async move {
+                let mut record = store.load(&id).await?.ok_or("a session that was just stored is not there")?;
+                let n = record.data.get("n").and_then(serde_json::Value::as_u64).unwrap_or(0);
+                record.data.insert("n".to_owned(), json!(n + 1));
+                Outcome::Ok(store.save(&record).await?)
+            }
+        };
+        round(&ids, length, cycle).await
+    })
+    .await
+}
+
+/// Says that it is ready, and runs a round for each line.
+async fn answer(lines: Lines<StdinLock<'_>>, mut run: impl AsyncFnMut(Duration) -> Outcome<Round>) -> Outcome<()> {
     println!("ready");
     for line in lines {
-        let length = Duration::from_nanos(line?.parse()?);
-        let round = round(&store, &ids, length).await?;
+        let round = run(Duration::from_nanos(line?.parse()?)).await?;
         serde_json::to_writer(std::io::stdout(), &round)?;
         println!();
         std::io::stdout().flush()?;
@@ -133,20 +167,21 @@ async fn measure<S: SessionStore + Clone>(store: S, task: &Task, lines: Lines<St
 }
 
 /// Runs a task for each session, all from the same moment.
-async fn round<S: SessionStore + Clone>(store: &S, ids: &[Id], length: Duration) -> Outcome<Round> {
-    let start = Arc::new(Barrier::new(ids.len()));
+async fn round<V, F>(visitors: &[V], length: Duration, cycle: impl Fn(V) -> F + Clone + Send + 'static) -> Outcome<Round>
+where
+    V: Clone + Send + 'static,
+    F: Future<Output = Outcome<()>> + Send,
+{
+    let start = Arc::new(Barrier::new(visitors.len()));
     let mut running = JoinSet::new();
-    for id in ids.iter().copied() {
-        let (store, start) = (store.clone(), start.clone());
+    for visitor in visitors.iter().cloned() {
+        let (cycle, start) = (cycle.clone(), start.clone());
         running.spawn(async move {
             start.wait().await;
             let (began, mut waits) = (Instant::now(), Vec::new());
             let mut before = began;
             while before - began < length {
-                let mut record = store.load(&id).await?.ok_or("a session that was just stored is not there")?;
-                let n = record.data.get("n").and_then(serde_json::Value::as_u64).unwrap_or(0);
-                record.data.insert("n".to_owned(), json!(n + 1));
-                store.save(&record).await?;
+                cycle(visitor.clone()).await?;
                 let now = Instant::now();
                 waits.push(u32::try_from((now - before).as_nanos()).unwrap_or(u32::MAX));
                 before = now;

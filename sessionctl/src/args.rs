@@ -138,6 +138,11 @@ pub(crate) enum Command {
     ///   peer       load, save of tower-sessions-file-store, which neither locks nor syncs, and of
     ///              tower-sessions-redis-store with a pool of six connections, which does not lock;
     ///              with --peers, of tower-sessions-sqlx-store, which does not lock either
+    ///   web        with --web, in place of all these: a whole axum request, which reads a number in its visitor's
+    ///              session and writes the next; the application is called without a socket
+    ///   tower_sessions, axum_session
+    ///              the same with these middlewares and their own stores for Redis and PostgreSQL, which do not
+    ///              lock; axum_session keeps all sessions in its process besides
     ///   cycle_vs_rename, cycle_vs_unlocked, cycle_vs_pgbench, session_vs_peer
     ///              how many times faster ours is (the peer: only where ours does not sync either)
     ///   handover_processes
@@ -387,6 +392,9 @@ pub(crate) struct BenchArgs {
     /// has expired, is collected
     #[arg(long, value_name = "N")]
     pub(crate) rows: Option<NonZeroU32>,
+    /// Measure whole axum requests, beside those of tower-sessions and axum_session where --peers is given
+    #[arg(long, conflicts_with = "rows")]
+    pub(crate) web: bool,
     /// The program that runs the peers of SQL databases, which cannot be linked into this one: "cargo xtask bench" builds it
     #[arg(long, value_name = "PROGRAM")]
     pub(crate) peers: Option<PathBuf>,

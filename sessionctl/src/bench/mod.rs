@@ -11,6 +11,7 @@ mod plain;
 mod redis;
 mod rows;
 mod sql;
+mod web;
 
 use std::collections::HashMap;
 use std::num::NonZeroU32;
@@ -29,6 +30,7 @@ use self::ours::{HandlerCycle, PeerCycle, SessionCycle};
 use self::peers::ForeignPeer;
 use self::plain::{Program, Sync};
 pub(crate) use self::sql::drop_table;
+use self::web::WebCycle;
 use crate::args::BenchArgs;
 use crate::failure::Failure;
 use crate::output::{Align, Cell, Output, Style, Table, bytes, micros, span, thousands};
@@ -125,6 +127,7 @@ enum Contender {
     SqlPlain(sql::PlainCycle),
     Pgbench(sql::pgbench::Pgbench),
     Foreign(ForeignPeer),
+    Web(WebCycle),
 }
 
 /// How long a contender runs while its flights are counted.
@@ -159,6 +162,11 @@ impl<'a> Arena<'a> {
                     line.trips = trips.get(line.what).copied();
                 }
             }
+            if self.args.web {
+                stores.sweep("ours").await?;
+                bar.finish_and_clear();
+                return Ok(measured);
+            }
             bar.set_message("hand-over");
             let dsn = stores.dsn("ours")?;
             let handed = handover::between_processes(&dsn, self.args.handovers).await?;
@@ -182,8 +190,26 @@ impl<'a> Arena<'a> {
         Ok(measured)
     }
 
+    /// Makes ready whole requests: ours, and those of the peers where their program is at hand.
+    async fn requests(&self, stores: Option<&Stores>, tasks: usize) -> Result<Vec<(&'static str, Contender)>, Failure> {
+        let payload = self.args.payload as usize;
+        let at = |name: &str| stores.map_or_else(|| Ok(self.dsn.to_owned()), |stores| stores.dsn(name));
+        let ours = WebCycle::prepare(connect(&at("ours")?).await?, tasks, payload).await?;
+        let mut contenders = vec![("web", Contender::Web(ours))];
+        if let Some(program) = &self.args.peers {
+            for name in ["tower_sessions", "axum_session"] {
+                let peer = ForeignPeer::prepare(program, &at("plain")?, tasks, payload, Some(name)).await?;
+                contenders.extend(peer.map(|peer| (name, Contender::Foreign(peer))));
+            }
+        }
+        Ok(contenders)
+    }
+
     /// Makes ready whatever can be measured in this place, the floor first.
     async fn contenders(&self, stores: Option<&Stores>, tasks: usize) -> Result<Vec<(&'static str, Contender)>, Failure> {
+        if self.args.web {
+            return self.requests(stores, tasks).await;
+        }
         let payload = self.args.payload as usize;
         let ours = stores.map_or_else(|| Ok(self.dsn.to_owned()), |stores| stores.dsn("ours"))?;
         let cycle = HandlerCycle::prepare(sessionkit::handler(&ours).await?, tasks, payload).await?;
@@ -304,7 +330,7 @@ impl<'a> Arena<'a> {
             contenders.extend(pgbench.map(|pgbench| ("pgbench", Contender::Pgbench(pgbench))));
         }
         if let Some(program) = &self.args.peers {
-            let peer = ForeignPeer::prepare(program, dsn, tasks, payload).await?;
+            let peer = ForeignPeer::prepare(program, dsn, tasks, payload, None).await?;
             contenders.extend(peer.map(|peer| ("peer", Contender::Foreign(peer))));
         }
         Ok(())
@@ -388,6 +414,8 @@ impl<'a> Arena<'a> {
             ("cycle_vs_rename", "cycle", "rename"),
             ("cycle_vs_unlocked", "cycle", "unlocked"),
             ("cycle_vs_pgbench", "cycle", "pgbench"),
+            ("web_vs_tower_sessions", "web", "tower_sessions"),
+            ("web_vs_axum_session", "web", "axum_session"),
         ];
         // The peer of files knows no durability: beside a store that waits for the disk, the factor would compare two promises.
         let waits_for_disk = contenders.iter().any(|(_, contender)| match contender {
@@ -439,6 +467,7 @@ impl Contender {
             Self::SqlPlain(cycle) => cycle.run(length).await,
             Self::Pgbench(pgbench) => pgbench.run(length).await,
             Self::Foreign(peer) => peer.run(length).await,
+            Self::Web(cycle) => cycle.run(length).await,
             Self::Plain(program, directory, sync) => {
                 let (program, directory, sync) = (*program, directory.clone(), *sync);
                 let run = move || program.run(&directory, tasks, payload, sync, length);
@@ -467,7 +496,7 @@ async fn remove(contenders: Vec<(&'static str, Contender)>) -> Result<(), Failur
             Contender::SqlPlain(cycle) => cycle.remove().await?,
             Contender::Pgbench(pgbench) => pgbench.remove().await?,
             Contender::Foreign(peer) => peer.end().await?,
-            Contender::Plain(..) | Contender::Cycle(_) | Contender::Session(_) | Contender::Peer(_) => {}
+            Contender::Plain(..) | Contender::Cycle(_) | Contender::Session(_) | Contender::Peer(_) | Contender::Web(_) => {}
         }
     }
     Ok(())

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use session_core::Dsn;
+use sessionkit::redis::{RedisConfig, RedisServers};
 use sessionkit::sql::{SqlAddress, SqlConfig, SqlServer};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
@@ -33,18 +34,15 @@ struct Answer {
 
 impl ForeignPeer {
     /// Starts `program` beside the store of `dsn`; `None` if it has no peer for it.
-    pub(crate) async fn prepare(program: &Path, dsn: &str, tasks: usize, payload: usize) -> Result<Option<Self>, Failure> {
-        let config = SqlConfig::from_dsn(&Dsn::parse(dsn)?)?;
-        let place = match &config.server {
-            SqlServer::Postgres(address) => server(address, 5432).map(|server| json!({"postgres": server})),
-            SqlServer::MySql(address) => server(address, 3306).map(|server| json!({"mysql": server})),
-            SqlServer::Sqlite(path) => {
-                let synced = sql::synced(dsn)?;
-                path.to_str().map(|path| json!({"sqlite": {"path": path, "synced": synced}}))
-            }
-            _ => None,
-        };
-        let Some(place) = place else { return Ok(None) };
+    /// With `web`, it runs whole requests through the middleware of that name, and otherwise the store alone.
+    pub(crate) async fn prepare(
+        program: &Path,
+        dsn: &str,
+        tasks: usize,
+        payload: usize,
+        web: Option<&'static str>,
+    ) -> Result<Option<Self>, Failure> {
+        let Some((place, connections)) = place(dsn, web.is_some())? else { return Ok(None) };
         let mut child = Command::new(program)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -55,7 +53,7 @@ impl ForeignPeer {
         let from = BufReader::new(child.stdout.take().expect("it is piped")).lines();
         let mut running = Running { child, to, from };
         // On a pipe and not as arguments: a password is not for the list of processes.
-        let task = json!({"place": place, "connections": config.connections, "tasks": tasks, "payload": payload});
+        let task = json!({"place": place, "connections": connections, "tasks": tasks, "payload": payload, "web": web});
         match running.ask(&task.to_string()).await?.as_str() {
             "ready" => Ok(Some(Self(Mutex::new(running)))),
             _ => Err(Failure::no("the program of the peers does not speak as this one does; build both from one tree")),
@@ -86,6 +84,34 @@ impl Running {
         let answer = self.from.next_line().await.map_err(talk())?;
         answer.ok_or_else(|| Failure::no("the program of the peers ended early"))
     }
+}
+
+/// Says where the peer of a store runs, and on how many connections; `None` if there is none for it.
+fn place(dsn: &str, web: bool) -> Result<Option<(Value, u32)>, Failure> {
+    let parsed = Dsn::parse(dsn)?;
+    if RedisConfig::SCHEMES.contains(&parsed.scheme()) {
+        let config = RedisConfig::from_dsn(&parsed)?;
+        let RedisServers::Tcp { host, port } = &config.servers else { return Ok(None) };
+        let RedisConfig { user, password, database, .. } = &config;
+        let server =
+            json!({"host": host, "port": port, "user": user, "password": password, "database": database.to_string()});
+        return Ok(web.then(|| (json!({"redis": server}), 0)));
+    }
+    if !SqlConfig::SCHEMES.contains(&parsed.scheme()) {
+        return Ok(None);
+    }
+    let config = SqlConfig::from_dsn(&parsed)?;
+    let place = match &config.server {
+        SqlServer::Postgres(address) => server(address, 5432).map(|server| json!({"postgres": server})),
+        _ if web => None,
+        SqlServer::MySql(address) => server(address, 3306).map(|server| json!({"mysql": server})),
+        SqlServer::Sqlite(path) => {
+            let synced = sql::synced(dsn)?;
+            path.to_str().map(|path| json!({"sqlite": {"path": path, "synced": synced}}))
+        }
+        _ => None,
+    };
+    Ok(place.map(|place| (place, config.connections)))
 }
 
 fn server(address: &SqlAddress, usual: u16) -> Option<Value> {

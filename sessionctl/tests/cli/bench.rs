@@ -62,6 +62,18 @@ fn a_store_in_memory_has_cycles_only() {
 }
 
 #[test]
+fn whole_requests_are_measured_in_place_of_all_else() {
+    let store = Store::new();
+    for lines in [
+        run(&[&["bench", "memory://", "--web"], &QUICK[..]].concat()).objects(),
+        store.run_with("", "bench", &[&["--web"], &QUICK[..]].concat()).objects(),
+    ] {
+        assert_eq!(whats(&lines), [("web", 1), ("web", 16)]);
+        assert!(lines.iter().all(|line| line["cycles_per_s"].as_f64() > Some(0.0)));
+    }
+}
+
+#[test]
 fn a_mistake_in_the_last_store_is_told_before_the_first_is_measured() {
     run(&["bench", "memory://", "memory://?wiat=1s"]).refused(2, "did you mean wait?");
 }
