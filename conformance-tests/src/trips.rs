@@ -31,7 +31,7 @@ async fn flights<T>(proxy: &Proxy, step: impl Future<Output = T>) -> (T, u64) {
 }
 
 /// How long nothing may pass before the counting begins; a handler may make connections in the background.
-const SILENCE: Duration = Duration::from_millis(100);
+const SILENCE: Duration = Duration::from_millis(300);
 
 /// Does everything once that a case counts: the first time may need a connection, or tell the server a script.
 async fn warm_up(env: &Env, proxy: &Proxy, handler: &dyn SessionHandler) {
@@ -40,7 +40,7 @@ async fn warm_up(env: &Env, proxy: &Proxy, handler: &dyn SessionHandler) {
     saved(opened, "second").await;
     look(handler, &id).await;
     destroy(handler, &id).await;
-    assert!(proxy.silence(SILENCE, 100 * SILENCE).await, "a handler that nobody uses goes on talking to its server");
+    assert!(proxy.silence(SILENCE, 50 * SILENCE).await, "a handler that nobody uses goes on talking to its server");
 }
 
 async fn open_is_one_flight(env: Env) {
