@@ -14,7 +14,7 @@ use crate::{Store, new_id, run, sessionctl};
 
 const STRATEGIES: [&str; 5] = ["no_lock", "exclusive", "early_release", "read_only", "merge"];
 
-/// A running lab; killed at the latest when it is dropped.
+/// A running lab; told to end at the latest when it is dropped.
 struct Lab {
     child: Child,
     port: u16,
@@ -131,8 +131,10 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.child.kill();
+        // Told, and not killed: it has a directory to remove.
+        if matches!(self.child.try_wait(), Ok(None)) {
+            self.signal(Signal::SIGTERM);
+        }
         let _ = self.child.wait();
     }
 }
