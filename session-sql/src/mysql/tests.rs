@@ -148,6 +148,11 @@ async fn saves_of_a_batch_end_as_they_would_alone() {
     let last = record(&*database, "foreign").await;
     database.enter(&[enter("foreign")]).await.unwrap();
     add(write("foreign", Basis::Written(last), Some(token()), true, Then::Close), None);
+    let last = record(&*database, "expired").await;
+    let entry = enter("expired");
+    database.enter(std::slice::from_ref(&entry)).await.unwrap();
+    server().query("UPDATE sessionkit.saves SET expires_at=60000,expires_minute=1 WHERE id='expired'").unwrap();
+    add(write("expired", Basis::Written(last), Some(entry.token), true, Then::Close), None);
     let last = record(&*database, "optimistic-held").await;
     database.enter(&[enter("optimistic-held")]).await.unwrap();
     add(write("optimistic-held", Basis::Written(last), None, false, Then::Close), None);
@@ -179,13 +184,14 @@ async fn saves_of_a_batch_end_as_they_would_alone() {
         alone.append(&mut database.change(std::slice::from_ref(change)).await.unwrap());
     }
     use Verdict::{AlreadyApplied, Gone, Refused};
-    assert_eq!(alone, [Refused, Refused, Refused, AlreadyApplied, Refused, Gone].map(Some));
+    assert_eq!(alone, [Refused, Gone, Refused, Refused, AlreadyApplied, Refused, Gone].map(Some));
     for change in &all {
         let found = database.look(&change.key).await.unwrap();
         match (&change.action, &found) {
             (Action::Write { id, .. }, Found::Live { last, .. }) if last == id => {}
             (_, Found::Live { record, .. }) => assert_eq!(record.data, format!("written by {}", change.key).as_bytes()),
             (_, Found::Absent) => assert_eq!(change.key, "gone"),
+            (_, Found::Buried { .. }) => assert_eq!(change.key, "expired"),
             (_, other) => panic!("{}: {other:?}", change.key),
         }
     }
@@ -204,9 +210,11 @@ async fn a_save_in_a_batch_hands_its_lock_to_the_next_in_line() {
     database.enter(std::slice::from_ref(&first)).await.unwrap();
     let outcome = database.enter(std::slice::from_ref(&next)).await.unwrap();
     assert!(matches!(&outcome[..], [Some(Entered::Busy(busy))] if busy.booked), "{outcome:?}");
+    let second = enter("two");
+    database.enter(std::slice::from_ref(&second)).await.unwrap();
     let saves = [
         write("one", Basis::Written(last), Some(first.token), true, Then::Close),
-        write("two", Basis::Written(other), None, false, Then::Close),
+        write("two", Basis::Written(other), Some(second.token), true, Then::Close),
     ];
     assert_eq!(database.change(&saves).await.unwrap(), [Some(Verdict::Applied); 2]);
     let late = database.enter(&[enter("one"), enter("two")]).await.unwrap();

@@ -49,7 +49,7 @@ struct Sample {
     changes: Vec<Alter>,
 }
 
-async fn sample(database: &dyn Database, prefix: &str) -> Sample {
+async fn sample(database: &dyn Database, table: &str, prefix: &str) -> Sample {
     let (mut entries, mut changes) = (Vec::new(), Vec::new());
     let key = |name: &str| format!("{prefix}{name}");
     let created = async |name: &str| {
@@ -64,13 +64,22 @@ async fn sample(database: &dyn Database, prefix: &str) -> Sample {
         assert!(matches!(held[..], [Some(Entered::Granted { .. })]), "{held:?}");
         holder
     };
-    for name in ["free", "held", "own", "booked"] {
+    let set = |name: &str, what: &str| {
+        server().query(&format!("UPDATE {table} SET {what} WHERE id = '{}'", key(name))).unwrap();
+    };
+    let over = "expires_at = 60000, expires_minute = 1";
+    let wanted = "want_token = 'somebody'::bytea, want_until = 1::int8 << 60, want_process = 7";
+    for name in ["free", "free too", "held", "own", "booked", "expired", "ended", "wanted"] {
         created(name).await;
     }
+    set("expired", over);
+    held("ended").await;
+    set("ended", "lock_until = 1");
+    set("wanted", wanted);
     held("held").await;
     let own = held("own").await;
     held("booked").await;
-    for name in ["free", "held", "missing"] {
+    for name in ["free", "free too", "held", "missing", "expired", "ended", "wanted"] {
         entries.push(enter(&key(name), token(), Want::Existing));
     }
     entries.push(enter(&key("own"), own, Want::Existing));
@@ -79,6 +88,11 @@ async fn sample(database: &dyn Database, prefix: &str) -> Sample {
     for (name, then) in [("saved", Then::Close), ("kept", Then::Keep)] {
         let prev = created(name).await;
         changes.push(write(&key(name), Basis::Written(prev), Some(held(name).await), wid(), "new", then));
+    }
+    for (name, what) in [("expired when saved", over), ("wanted when saved", wanted), ("ended when saved", "lock_until = 1")] {
+        let prev = created(name).await;
+        changes.push(write(&key(name), Basis::Written(prev), Some(held(name).await), wid(), "new", Then::Close));
+        set(name, what);
     }
     let prev = created("overtaken").await;
     held("overtaken").await;
@@ -153,7 +167,8 @@ fn rows(table: &str, prefix: &str) -> BTreeMap<String, String> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_batch_has_the_outcome_of_each_of_its_members_alone() {
     let database = database("alone_or_not").await;
-    let (alone, together) = (sample(&*database, "alone ").await, sample(&*database, "batch ").await);
+    let alone = sample(&*database, "alone_or_not", "alone ").await;
+    let together = sample(&*database, "alone_or_not", "batch ").await;
     let entered = database.enter(&together.entries).await.unwrap();
     for (n, entry) in alone.entries.iter().enumerate() {
         let one = database.enter(std::slice::from_ref(entry)).await.unwrap();
