@@ -89,7 +89,8 @@ async fn sample(database: &dyn Database, table: &str, prefix: &str) -> Sample {
         let prev = created(name).await;
         changes.push(write(&key(name), Basis::Written(prev), Some(held(name).await), wid(), "new", then));
     }
-    for (name, what) in [("expired when saved", over), ("wanted when saved", wanted), ("ended when saved", "lock_until = 1")] {
+    for (name, what) in [("expired when saved", over), ("wanted when saved", wanted), ("ended when saved", "lock_until = 1")]
+    {
         let prev = created(name).await;
         changes.push(write(&key(name), Basis::Written(prev), Some(held(name).await), wid(), "new", Then::Close));
         set(name, what);
@@ -108,6 +109,9 @@ async fn sample(database: &dyn Database, table: &str, prefix: &str) -> Sample {
     ));
     let done = created("repeated").await;
     changes.push(write(&key("repeated"), Basis::Written(wid()), Some(held("repeated").await), done, "new", Then::Close));
+    // The repeat of the write that it is based on.
+    let same = created("again").await;
+    changes.push(write(&key("again"), Basis::Written(same), Some(held("again").await), same, "old", Then::Close));
     changes.push(write(&key("nowhere"), Basis::Written(wid()), Some(token()), wid(), "new", Then::Close));
     changes.push(write(&key("fresh"), Basis::Unseen, None, wid(), "new", Then::Close));
     changes.push(write(&key("fresh and kept"), Basis::Unseen, Some(token()), wid(), "new", Then::Keep));
