@@ -50,6 +50,7 @@
 //! This crate knows the contract and nothing of any backend.
 
 mod admin;
+pub mod by_hand;
 mod cancel;
 mod case;
 mod children;

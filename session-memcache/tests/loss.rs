@@ -5,13 +5,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-mod steps;
+mod support;
 
 use std::collections::HashSet;
 
 use conformance_tests::servers::Memcached;
 use session_core::{ErrorKind, Expect, SessionHandler, Written};
-use steps::*;
+use support::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_whose_server_was_started_anew_is_gone_and_its_holder_is_told() {

@@ -55,7 +55,7 @@ async fn a_holder_from_before_a_restart_does_not_write_over_what_has_the_same_nu
 
 #[tokio::test]
 async fn a_newer_server_is_told_numbers_that_never_come_again() {
-    let server = start_newer();
+    let server = start_newer(&[]);
     let (here, there) = (on(&server).await, on(&server).await);
     let id = new_id();
     saved(open(&here, &id, any()).await, "before").await;

@@ -3,12 +3,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-mod steps;
+mod support;
 
 use std::time::Duration;
 
 use session_core::ErrorKind;
-use steps::*;
+use support::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_takeover_is_two_flights_and_fences_the_one_before() {

@@ -1,4 +1,4 @@
-//! The steps that the tests of faults share: connecting, opening, saving, looking.
+//! What the tests of Redis share: servers, handlers on them, and the way there; and the [steps](conformance_tests::by_hand) of all.
 //!
 //! Nothing here decides what is right; a test does.
 
@@ -7,22 +7,12 @@
 use std::sync::OnceLock;
 use std::time::Duration;
 
+#[allow(unused_imports, reason = "each test executable takes what it needs")]
+pub(crate) use conformance_tests::by_hand::*;
 use conformance_tests::proxy::Proxy;
 use conformance_tests::servers::Redis;
-use session_core::{
-    Change, Dsn, ErrorKind, Expect, OpenRequest, OpenSession, Record, Result, SessionHandler, SessionId, Ttl, WriteId,
-    Written,
-};
+use session_core::{Dsn, Result, SessionId};
 use session_redis::{RedisConfig, RedisHandler};
-
-/// An opening.
-pub(crate) type Opened = Box<dyn OpenSession>;
-
-/// A lease that no test outlives: whoever gets in before its end was let in.
-pub(crate) const LEASE: Duration = Duration::from_secs(60);
-
-/// A wait that ends long before [`LEASE`] does, on a machine that is busy with other things.
-pub(crate) const SOON: Duration = Duration::from_secs(10);
 
 /// The server of the tests that do it no harm; it ends with this process.
 pub(crate) fn server() -> &'static Redis {
@@ -68,87 +58,8 @@ pub(crate) async fn hasty(proxy: &Proxy) -> RedisHandler {
     connect(&dsn).await.expect("the proxy lets everything pass")
 }
 
-pub(crate) fn new_id() -> SessionId {
-    SessionId::generate().expect("the operating system has randomness")
-}
-
-pub(crate) fn wid() -> WriteId {
-    WriteId::random().expect("the operating system has randomness")
-}
-
-pub(crate) fn record(data: impl Into<Vec<u8>>) -> Record {
-    Record::new(data, Ttl::from_secs(900))
-}
-
-pub(crate) fn write_of(data: impl Into<Vec<u8>>) -> Change {
-    Change::Write(record(data))
-}
-
-/// Asks for the lock, with a wait that is long enough unless it is kept until the end of its lease.
-pub(crate) fn exclusive() -> OpenRequest {
-    OpenRequest::exclusive(SOON, LEASE)
-}
-
-/// The same with a lease that a test waits for.
-pub(crate) fn briefly(lease: Duration) -> OpenRequest {
-    OpenRequest::exclusive(SOON, lease)
-}
-
-/// Asks for the lock once.
-pub(crate) fn at_once() -> OpenRequest {
-    OpenRequest::exclusive(Duration::ZERO, LEASE)
-}
-
-pub(crate) async fn open(handler: &dyn SessionHandler, id: &SessionId, request: OpenRequest) -> Opened {
-    match handler.open(id, &request).await {
-        Ok(opened) => opened,
-        Err(error) => panic!("open as {request:?} was refused: {error:?}"),
-    }
-}
-
-/// Creates a session.
-pub(crate) async fn session(handler: &dyn SessionHandler, data: &str) -> SessionId {
-    let id = new_id();
-    let opened = open(handler, &id, exclusive().expecting(Expect::Fresh)).await;
-    saved(opened, data).await;
-    id
-}
-
-pub(crate) async fn saved(mut opened: Opened, data: &str) {
-    let outcome = opened.save(&write_of(data), wid()).await;
-    assert!(matches!(outcome, Ok(Written::Applied)), "a save that nothing stood against ended as {outcome:?}");
-}
-
-pub(crate) async fn read(opened: &mut Opened) -> Option<String> {
-    let record = opened.read().await.unwrap_or_else(|error| panic!("a read was refused: {error:?}"));
-    record.map(|record| String::from_utf8(record.data).expect("tests write text"))
-}
-
-/// Reads without a lock.
-pub(crate) async fn look(handler: &dyn SessionHandler, id: &SessionId) -> Option<String> {
-    read(&mut open(handler, id, OpenRequest::read_only()).await).await
-}
-
-/// Returns the kind of a refusal.
-#[track_caller]
-pub(crate) fn kind<T>(outcome: Result<T>) -> ErrorKind {
-    match outcome {
-        Ok(_) => panic!("it was not refused"),
-        Err(error) => error.kind(),
-    }
-}
-
 /// The keys of the record, the lock and the queue of a session.
 pub(crate) fn keys(id: &SessionId) -> [String; 3] {
     let record = format!("session:{{{}}}", id.as_str());
     [record.clone(), format!("{record}:lock"), format!("{record}:queue")]
-}
-
-/// Waits for what happens without us.
-pub(crate) async fn until(what: &str, mut happened: impl AsyncFnMut() -> bool) {
-    let end = tokio::time::Instant::now() + SOON;
-    while !happened().await {
-        assert!(tokio::time::Instant::now() < end, "{what}: it did not happen");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }

@@ -1,4 +1,4 @@
-//! The steps that the tests of PostgreSQL share: connecting, opening, saving, looking.
+//! What the tests of PostgreSQL share: servers, handlers on them, and the way there; and the [steps](conformance_tests::by_hand) of all.
 //!
 //! Nothing here decides what is right; a test does.
 
@@ -8,22 +8,12 @@ use std::net::SocketAddr;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+#[allow(unused_imports, reason = "each test executable takes what it needs")]
+pub(crate) use conformance_tests::by_hand::*;
 use conformance_tests::proxy::Proxy;
 use conformance_tests::servers::Postgres;
-use session_core::{
-    Change, Dsn, ErrorKind, Expect, OpenRequest, OpenSession, Record, Result, SessionHandler, SessionId, Ttl, WriteId,
-    Written,
-};
+use session_core::Dsn;
 use session_sql::{SqlConfig, SqlHandler, SqlServer};
-
-/// An opening.
-pub(crate) type Opened = Box<dyn OpenSession>;
-
-/// A lease that no test outlives: whoever gets in before its end was let in.
-pub(crate) const LEASE: Duration = Duration::from_secs(60);
-
-/// A wait that ends long before [`LEASE`] does, on a machine that is busy with other things.
-pub(crate) const SOON: Duration = Duration::from_secs(20);
 
 /// How long a handler waits for an answer that a test keeps back.
 pub(crate) const SHORT: Duration = Duration::from_millis(400);
@@ -68,82 +58,8 @@ pub(crate) fn behind(server: &Postgres, place: SocketAddr) -> SqlConfig {
     config
 }
 
-pub(crate) fn new_id() -> SessionId {
-    SessionId::generate().expect("the operating system has randomness")
-}
-
-pub(crate) fn wid() -> WriteId {
-    WriteId::random().expect("the operating system has randomness")
-}
-
-pub(crate) fn record(data: impl Into<Vec<u8>>) -> Record {
-    Record::new(data, Ttl::from_secs(900))
-}
-
-pub(crate) fn write_of(data: impl Into<Vec<u8>>) -> Change {
-    Change::Write(record(data))
-}
-
-/// Asks for the lock, with a wait that is long enough unless it is kept until the end of its lease.
-pub(crate) fn exclusive() -> OpenRequest {
-    OpenRequest::exclusive(SOON, LEASE)
-}
-
-/// Asks for the lock once.
-pub(crate) fn at_once() -> OpenRequest {
-    OpenRequest::exclusive(Duration::ZERO, LEASE)
-}
-
-pub(crate) async fn open(handler: &dyn SessionHandler, id: &SessionId, request: OpenRequest) -> Opened {
-    match handler.open(id, &request).await {
-        Ok(opened) => opened,
-        Err(error) => panic!("open as {request:?} was refused: {error:?}"),
-    }
-}
-
-/// Creates a session.
-pub(crate) async fn session(handler: &dyn SessionHandler, data: &str) -> SessionId {
-    let id = new_id();
-    let opened = open(handler, &id, exclusive().expecting(Expect::Fresh)).await;
-    saved(opened, data).await;
-    id
-}
-
-pub(crate) async fn saved(mut opened: Opened, data: &str) {
-    let outcome = opened.save(&write_of(data), wid()).await;
-    assert!(matches!(outcome, Ok(Written::Applied)), "a save that nothing stood against ended as {outcome:?}");
-}
-
-pub(crate) async fn read(opened: &mut Opened) -> Option<String> {
-    let record = opened.read().await.unwrap_or_else(|error| panic!("a read was refused: {error:?}"));
-    record.map(|record| String::from_utf8(record.data).expect("tests write text"))
-}
-
-/// Reads without a lock.
-pub(crate) async fn look(handler: &dyn SessionHandler, id: &SessionId) -> Option<String> {
-    read(&mut open(handler, id, OpenRequest::read_only()).await).await
-}
-
-/// Returns the kind of a refusal.
-#[track_caller]
-pub(crate) fn kind<T>(outcome: Result<T>) -> ErrorKind {
-    match outcome {
-        Ok(_) => panic!("it was not refused"),
-        Err(error) => error.kind(),
-    }
-}
-
 /// The first column of the first row, `NULL` as nothing.
 pub(crate) fn value(server: &Postgres, sql: &str) -> String {
     let rows = server.query(sql).expect("the server answers");
     rows.into_iter().flatten().next().unwrap_or_default()
-}
-
-/// Waits for what happens without us.
-pub(crate) async fn until(what: &str, mut happened: impl AsyncFnMut() -> bool) {
-    let end = tokio::time::Instant::now() + SOON;
-    while !happened().await {
-        assert!(tokio::time::Instant::now() < end, "{what}: it did not happen");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }
