@@ -62,8 +62,9 @@ pub(crate) trait Database: fmt::Debug + Send + Sync + 'static {
     async fn renew(&self, leases: &[Renew]) -> Result<Vec<Renewed>, Failure>;
 
     /// Gives up whatever a token has: the lock, which goes to the one next in line, or that place. A row without record, trace and
-    /// lock does not stay. `clean` says that no write of the holder is under way.
-    async fn leave(&self, key: &str, token: LeaseToken, clean: bool) -> Result<(), Failure>;
+    /// lock does not stay. `clean` says that no write of the holder is under way. The answer is `false` if the token had nothing and
+    /// a request for the lock that was sent before may still get it.
+    async fn leave(&self, key: &str, token: LeaseToken, clean: bool) -> Result<bool, Failure>;
 
     /// Frees at most `limit` rows whose time is over and that nobody holds, and says how many of them were expired records. It
     /// waits for no row.

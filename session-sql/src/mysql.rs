@@ -431,11 +431,11 @@ impl Database for MySql {
         all(leases.iter().map(|lease| self.renew_alone(lease))).await.into_iter().collect()
     }
 
-    async fn leave(&self, key: &str, token: session_core::LeaseToken, clean: bool) -> Result<(), Failure> {
+    async fn leave(&self, key: &str, token: session_core::LeaseToken, clean: bool) -> Result<bool, Failure> {
         self.fronts.leave(key, token);
         let given = Given { key: key.as_bytes(), token: Some(token.to_bytes()), clean, ..Given::default() };
-        self.link.ask(&[&self.texts.release, &self.texts.unwant, &self.texts.drop], &given).await?;
-        Ok(())
+        let answers = self.link.ask(&[&self.texts.release, &self.texts.unwant, &self.texts.drop], &given).await?;
+        Ok(answers.iter().take(2).any(|answer| answer.matched > 0))
     }
 
     async fn gc(&self, limit: u32) -> Result<u64, Failure> {

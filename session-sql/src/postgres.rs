@@ -271,12 +271,12 @@ impl Database for Postgres {
         Err(restless())
     }
 
-    async fn leave(&self, key: &str, token: LeaseToken, clean: bool) -> Result<(), Failure> {
+    async fn leave(&self, key: &str, token: LeaseToken, clean: bool) -> Result<bool, Failure> {
         let arguments = || Parameters::new().add(key)?.add(bytes(token))?.add(clean);
-        if self.ask(&self.statements.release, arguments()?).await?.is_empty() {
-            self.ask(&self.statements.leave, arguments()?.add(false)?).await?;
+        if !self.ask(&self.statements.release, arguments()?).await?.is_empty() {
+            return Ok(true);
         }
-        Ok(())
+        self.ask(&self.statements.leave, arguments()?.add(false)?).await?.first().map_or(Ok(false), |row| field(row, 0))
     }
 
     async fn gc(&self, limit: u32) -> Result<u64, Failure> {

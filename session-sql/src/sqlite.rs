@@ -123,9 +123,11 @@ impl Database for Sqlite {
         self.writer.ask(false, 0, move |turn| leases.iter().map(|lease| turn.renew(lease)).collect()).await
     }
 
-    async fn leave(&self, key: &str, token: LeaseToken, clean: bool) -> Result<(), Failure> {
+    async fn leave(&self, key: &str, token: LeaseToken, clean: bool) -> Result<bool, Failure> {
         let key = key.to_owned();
-        self.writer.ask(false, 0, move |turn| turn.leave(&key, token, clean)).await
+        self.writer.ask(false, 0, move |turn| turn.leave(&key, token, clean)).await?;
+        // What was asked before has been done before, or never is.
+        Ok(true)
     }
 
     async fn gc(&self, limit: u32) -> Result<u64, Failure> {

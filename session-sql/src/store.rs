@@ -23,6 +23,11 @@ const HEIR: Duration = Duration::from_millis(20);
 /// When a lock that nobody wants is given back to a database that did not take it back before.
 const PAUSES: [Duration; 3] = [Duration::from_millis(50), Duration::from_millis(250), Duration::from_secs(1)];
 
+/// When a request that nobody waits for any more is withdrawn again, because it was not there yet: it travels on another connection
+/// than its withdrawal, and may come behind it.
+const AGAIN: [Duration; 4] =
+    [Duration::from_millis(5), Duration::from_millis(50), Duration::from_millis(250), Duration::from_secs(1)];
+
 /// How often a waiter looks at least, whoever promised to wake him: a holder that was killed tells nobody.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -275,6 +280,8 @@ impl Store {
                 attempt.leave_place(booked);
                 return Err(lock_timeout(operation, wait, holder));
             }
+            // Nothing is on its way, and whoever is not next in line has left no trace.
+            attempt.armed = booked;
             // A little later than the lease ends, and not all at the same moment.
             let jitter = Duration::from_micros(1000 + u64::from(entry.token.to_bytes()[0]) * 31);
             let limit = rest.min(left + jitter).min(LOOK.saturating_sub(probed.elapsed()) + jitter);
@@ -289,19 +296,33 @@ impl Store {
                 }
             }
             tries += 1;
+            attempt.armed = true;
         }
     }
 
-    /// Gives up whatever `token` has, also to a database that comes back a moment later; otherwise that ends with its lease.
-    async fn give_up(&self, key: &str, token: LeaseToken, clean: bool) {
+    /// Gives up whatever `token` has, also to a database that comes back a moment later; otherwise that ends with its lease. Says
+    /// `false` if it had nothing yet.
+    async fn give_up(&self, key: &str, token: LeaseToken, clean: bool) -> bool {
         let mut pauses = PAUSES.iter();
-        while let Err(failure) = self.database.leave(key, token, clean).await {
-            match pauses.next() {
-                Some(pause) if failure.kind == ErrorKind::Unavailable => tokio::time::sleep(*pause).await,
-                _ => {
+        loop {
+            match (self.database.leave(key, token, clean).await, pauses.next()) {
+                (Ok(left), _) => return left,
+                (Err(failure), Some(pause)) if failure.kind == ErrorKind::Unavailable => tokio::time::sleep(*pause).await,
+                (Err(failure), _) => {
                     tracing::debug!(kind = %failure.kind, "a lock could not be given back and ends with its lease");
-                    return;
+                    return true;
                 }
+            }
+        }
+    }
+
+    /// Gives up what `token` has, or gets from a request that was given up on its way.
+    async fn withdraw(&self, key: &str, token: LeaseToken) {
+        let mut pauses = AGAIN.iter();
+        while !self.give_up(key, token, true).await {
+            match pauses.next() {
+                Some(pause) => tokio::time::sleep(*pause).await,
+                None => return,
             }
         }
     }
@@ -445,7 +466,7 @@ impl LeasedStore for Store {
     async fn release(&self, operation: &'static str, row: &Row, token: LeaseToken) -> Result<(), Failed> {
         let left = twice(operation, || self.database.leave(&row.key, token, true)).await.answer;
         self.let_go(Some(token));
-        left
+        left.map(drop)
     }
 
     fn release_later(self: &Arc<Self>, row: &Arc<Row>, token: LeaseToken, clean: bool) {
@@ -510,8 +531,8 @@ struct Attempt<'a> {
 
 impl Attempt<'_> {
     async fn give_up(&mut self) {
-        // What fails is tried again behind the caller's back.
-        self.armed = Box::pin(self.store.database.leave(&self.row.key, self.token, true)).await.is_err();
+        // What fails, or comes too early, is tried again behind the caller's back.
+        self.armed = !matches!(Box::pin(self.store.database.leave(&self.row.key, self.token, true)).await, Ok(true));
     }
 
     /// Leaves the place of a task whose time is over to the next task of this process, for a moment (`protocol.md` 13).
@@ -531,8 +552,11 @@ impl Attempt<'_> {
 
 impl Drop for Attempt<'_> {
     fn drop(&mut self) {
-        if self.armed {
-            self.store.release_later(self.row, self.token, true);
+        if self.armed
+            && let Ok(runtime) = Handle::try_current()
+        {
+            let (store, row, token) = (self.store.clone(), self.row.clone(), self.token);
+            runtime.spawn(async move { store.withdraw(&row.key, token).await });
         }
     }
 }

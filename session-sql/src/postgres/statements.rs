@@ -444,7 +444,7 @@ const RELEASE: &str = "WITH u AS (
 SELECT {tells} FROM u";
 
 // $1 key, $2 token, none for whoever holds it, $3 whether it is clean, $4 whether to give up only what nobody has come for. Answers
-// whether there was a lock to give up.
+// whether there was a lock or a place to give up.
 // Who was handed a lock and never came for it passes it on as he was given it.
 const LEAVE: &str = "WITH z AS MATERIALIZED (SELECT {impatient} AS z),
 r AS MATERIALIZED (
@@ -471,7 +471,7 @@ u AS (
     want_until = CASE WHEN hands OR wants THEN NULL ELSE s.want_until END
   FROM j WHERE s.id = j.id AND (j.own OR j.wants) AND NOT j.empties RETURNING {relaxed}),
 d AS (DELETE FROM {t} s USING j WHERE s.id = j.id AND j.empties RETURNING {relaxed})
-SELECT own, (SELECT count({tell}) FROM (SELECT j.id, j.want_token AS told, j.want_process WHERE j.hands AND j.want_process IS NOT NULL) told)
+SELECT own OR wants, (SELECT count({tell}) FROM (SELECT j.id, j.want_token AS told, j.want_process WHERE j.hands AND j.want_process IS NOT NULL) told)
 FROM j";
 
 // $1 how many. The minute is asked for in a query of its own, so that the index can be searched for it.
