@@ -116,7 +116,7 @@ pub enum SqlLockMode {
     #[default]
     Lease,
     /// The same, and beside it an open transaction that holds a row lock, on a connection of its own. Waiters are woken by the database
-    /// itself, and a holder who died is out at once. At most [`connections`](SqlConfig::connections) sessions are open in one process
+    /// itself, and a holder who died is out at once. At most [`connections`](SqlConfig::connections()) sessions are open in one process
     /// at a time; an opener who waits counts. PostgreSQL and MySQL or MariaDB only. Processes with either mode can share a table.
     Transaction,
 }
@@ -137,9 +137,10 @@ pub struct SqlConfig {
     pub prefix: Cow<'static, str>,
     /// What keeps others out of a session while it is open. Default [`Lease`](SqlLockMode::Lease).
     pub lock: SqlLockMode,
-    /// How many connections there may be for all sessions together, 1 at least. Default 8; for SQLite the connections that read. With
-    /// [`SqlLockMode::Transaction`] as many again, one for each session that is open.
-    pub connections: u32,
+    /// How many connections there may be for all sessions together, 1 at least; for SQLite the connections that read. Default 8. With
+    /// [`SqlLockMode::Transaction`] there may be as many again, one for each session that is open, and the default is 32. Each is
+    /// made when it is needed.
+    pub connections: Option<u32>,
     /// How long to wait for an answer. Default 5 s.
     pub timeout: Duration,
     /// How long to wait for a connection: a new one, or one that is free. Default 2 s.
@@ -202,7 +203,7 @@ impl SqlConfig {
             create: false,
             prefix: "".into(),
             lock: SqlLockMode::default(),
-            connections: 8,
+            connections: None,
             timeout: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(2),
             max_bytes: Self::DEFAULT_MAX_BYTES,
@@ -266,7 +267,7 @@ impl SqlConfig {
             this.prefix = prefix.to_owned().into();
         }
         if let Some(count) = dsn.number("connections", 1..=10_000)? {
-            this.connections = count as u32;
+            this.connections = Some(count as u32);
         }
         let spans = [("timeout", &mut this.timeout), ("connect_timeout", &mut this.connect_timeout)];
         for (name, field) in spans {
@@ -327,8 +328,17 @@ impl SqlConfig {
     /// The same with another number of connections.
     #[must_use]
     pub fn with_connections(mut self, connections: u32) -> Self {
-        self.connections = connections;
+        self.connections = Some(connections);
         self
+    }
+
+    /// Returns how many connections there may be, by the default if nothing else is set.
+    #[must_use]
+    pub fn connections(&self) -> u32 {
+        self.connections.unwrap_or(match self.lock {
+            SqlLockMode::Lease => 8,
+            SqlLockMode::Transaction => 32,
+        })
     }
 
     /// The same with another limit for answers.
@@ -405,7 +415,7 @@ impl SqlConfig {
                 return Err(config("TLS needs the Cargo feature tls of session-sql, which is off"));
             }
         }
-        if self.connections == 0 {
+        if self.connections == Some(0) {
             return Err(config("connections= must be 1 at least"));
         }
         if self.timeout < Duration::from_millis(1) || self.connect_timeout < Duration::from_millis(1) {
@@ -455,6 +465,8 @@ impl SqlConfig {
             store.create_table().await.map_err(|failure| failure.into_error("create the table"))?;
         }
         store.check().await.map_err(|failure| failure.into_error("connect"))?;
+        // Now, so that the first session that is opened has a holder who can be asked for.
+        store.database.show_life().await;
         Ok(store)
     }
 }
@@ -507,7 +519,7 @@ mod tests {
         assert_eq!(parse("sqlite:///srv/s.db").unwrap().durability, Durability::Data);
         let config = parse("sqlite:///srv/s.db?durability=none&table=main.visits&create=on&connections=3").unwrap();
         assert_eq!(config.durability, Durability::None);
-        assert_eq!((config.table.as_str(), config.create, config.connections), ("main.visits", true, 3));
+        assert_eq!((config.table.as_str(), config.create, config.connections), ("main.visits", true, Some(3)));
         assert_eq!(config.server, SqlServer::Sqlite("/srv/s.db".into()));
     }
 

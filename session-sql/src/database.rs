@@ -85,6 +85,10 @@ pub(crate) trait Database: fmt::Debug + Send + Sync + 'static {
     /// Asks whether the database answers and the table is one that this version can use.
     async fn check(&self) -> Result<(), Failure>;
 
+    /// Lets others see that this process lives, so that they need not wait for the end of a lease if it does not. Returns once they
+    /// can, or when that takes longer than a moment; it goes on behind the caller's back then.
+    async fn show_life(&self) {}
+
     /// Returns how this database holds locks in transactions, if it can.
     fn transactions(self: Arc<Self>) -> Option<Arc<dyn Transactions>> {
         None

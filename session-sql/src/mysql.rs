@@ -80,7 +80,7 @@ pub(crate) async fn connect(address: &SqlAddress, config: &SqlConfig, owner: Own
     if let Some(password) = &address.password {
         options = options.password(password);
     }
-    let link = Link::own(options, config.connections, config.timeout, config.connect_timeout);
+    let link = Link::own(options, config.connections(), config.timeout, config.connect_timeout);
     Ok(Arc::new(MySql::new(link, config, owner)))
 }
 
@@ -493,6 +493,11 @@ impl Database for MySql {
         self.lean.allow(server.hurries);
         self.anchor.allow(server.alone);
         Ok(())
+    }
+
+    async fn show_life(&self) {
+        self.anchor.wanted(&self.link);
+        self.anchor.dropped().await;
     }
 
     fn transactions(self: Arc<Self>) -> Option<Arc<dyn Transactions>> {

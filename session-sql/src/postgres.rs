@@ -77,7 +77,7 @@ pub(crate) async fn connect(address: &SqlAddress, config: &SqlConfig, owner: Own
         options = options.password(password);
     }
     let options = sqlx::ConnectOptions::disable_statement_logging(options);
-    let connections = Connections::new(options.clone(), set_up, config.connections, config.connect_timeout);
+    let connections = Connections::new(options.clone(), set_up, config.connections(), config.connect_timeout);
     Ok(Arc::new(Postgres::new(connections, options, config, owner)))
 }
 
@@ -253,7 +253,8 @@ impl Database for Postgres {
                 .add(list(leases, |lease| &*lease.key))?
                 .add(list(leases, |lease| bytes(lease.token)))?
                 .add(list(leases, |lease| lease.lease))?
-                .add(list(leases, |lease| lease.protects))?;
+                .add(list(leases, |lease| lease.protects))?
+                .add(self.process())?;
             let rows = self.ask(&self.statements.renew, arguments).await?;
             let renewed = |row: &PgRow| {
                 Ok(match field::<i16>(row, 0)? {
@@ -353,6 +354,10 @@ impl Database for Postgres {
             )),
             Some(_) => Ok(()),
         }
+    }
+
+    async fn show_life(&self) {
+        self.listener.heard().await;
     }
 
     fn transactions(self: Arc<Self>) -> Option<Arc<dyn Transactions>> {

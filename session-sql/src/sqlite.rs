@@ -75,7 +75,7 @@ pub(crate) async fn connect(path: &Path, config: &SqlConfig, owner: Owner) -> Re
         failure.source = Some(Box::new(error));
         failure
     })?;
-    Ok(Arc::new(Sqlite { writer, readers: Readers::new(shared.clone(), config.connections), shared }))
+    Ok(Arc::new(Sqlite { writer, readers: Readers::new(shared.clone(), config.connections()), shared }))
 }
 
 #[async_trait]

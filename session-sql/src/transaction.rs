@@ -175,8 +175,8 @@ impl Holds {
     pub(crate) fn new(transactions: Arc<dyn Transactions>, config: &SqlConfig) -> Arc<Self> {
         Arc::new(Self {
             transactions,
-            count: config.connections,
-            permits: Arc::new(Semaphore::new(config.connections as usize)),
+            count: config.connections(),
+            permits: Arc::new(Semaphore::new(config.connections() as usize)),
             connect_timeout: config.connect_timeout,
             timeout: config.timeout,
             idle: Mutex::default(),

@@ -18,6 +18,9 @@ use super::link::Link;
 /// How often the connection is used, so that it is known to be there, and not closed for its silence.
 const BEAT: Duration = Duration::from_secs(5);
 
+/// How long whoever connects waits for it.
+const START: Duration = Duration::from_millis(250);
+
 /// How long a server may take over it.
 const LIMIT: Duration = Duration::from_secs(2);
 
@@ -34,6 +37,8 @@ pub(super) struct Anchor {
     /// Whether there is one server to ask, so that its locks are everybody's.
     allowed: AtomicBool,
     held: AtomicBool,
+    /// Told when it is held.
+    taken: Notify,
     /// From when on others may be judged, in milliseconds since `began`.
     from: AtomicI64,
     began: Instant,
@@ -50,6 +55,7 @@ impl Anchor {
             process,
             allowed: AtomicBool::new(false),
             held: AtomicBool::new(false),
+            taken: Notify::new(),
             from: AtomicI64::new(i64::MAX),
             began: Instant::now(),
             running: AtomicBool::new(false),
@@ -66,6 +72,15 @@ impl Anchor {
     /// Returns the process whose lock is in place.
     pub(super) fn held(&self) -> Option<i64> {
         self.held.load(Ordering::Acquire).then_some(self.process)
+    }
+
+    /// Waits until it holds, if somebody sees to that, for a moment at most.
+    pub(super) async fn dropped(&self) {
+        let mut taken = std::pin::pin!(self.taken.notified());
+        taken.as_mut().enable();
+        if self.running.load(Ordering::Acquire) && self.held().is_none() {
+            let _ = tokio::time::timeout(START, taken).await;
+        }
     }
 
     /// Whether others may be taken for dead.
@@ -123,6 +138,7 @@ impl Keeper {
                 let from = (anchor.began.elapsed() + grace).as_millis();
                 anchor.from.store(i64::try_from(from).unwrap_or(i64::MAX), Ordering::Release);
                 anchor.held.store(true, Ordering::Release);
+                anchor.taken.notify_waiters();
                 drop(anchor);
                 (failures, first) = (0, false);
                 self.watch(&mut connection).await;

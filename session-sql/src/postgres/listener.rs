@@ -2,7 +2,7 @@
 //!
 //! Both hang on one connection beside the pool. It listens on a channel of its own, and holds an advisory lock with the number of
 //! this handler: the server frees that lock as soon as the connection ends, whoever ended it. The connection is made in the
-//! background by the first open, and nobody waits for it but the first waiter, for a moment. A message that is lost costs a waiter
+//! background, by whoever connects to the database; he waits for it, and so does the first waiter, for a moment. A message that is lost costs a waiter
 //! one bounded sleep: nothing here decides who has a lock.
 //!
 //! Behind a pooler that changes servers between transactions nothing is heard, and the lock would be held by a connection of
@@ -38,7 +38,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 const ECHO: Duration = Duration::from_secs(2);
 const DEAF: Duration = Duration::from_secs(60);
 
-/// How long the first waiter waits to be heard.
+/// How long to wait for the connection to be there.
 const START: Duration = Duration::from_millis(250);
 
 /// How often whoever cannot be told looks for himself.
@@ -115,12 +115,20 @@ impl Listener {
         }
     }
 
-    /// Registers a waiter; `None` if nobody can tell him anything.
-    pub(super) async fn register(&self, token: LeaseToken) -> Option<Box<dyn Waiter>> {
-        self.options.as_ref()?;
+    /// Waits until messages arrive and others see that we live, or are known not to; for a moment at most.
+    pub(super) async fn heard(&self) {
+        if self.options.is_none() {
+            return;
+        }
         self.start();
         let mut state = self.shared.state.subscribe();
         let _ = timeout(START, state.wait_for(|state| *state != State::Away)).await;
+    }
+
+    /// Registers a waiter; `None` if nobody can tell him anything.
+    pub(super) async fn register(&self, token: LeaseToken) -> Option<Box<dyn Waiter>> {
+        self.options.as_ref()?;
+        self.heard().await;
         let wake = Arc::new(Notify::new());
         self.shared.waiting().insert(token.to_bytes(), wake.clone());
         Some(Box::new(Place { shared: self.shared.clone(), token: token.to_bytes(), wake }))

@@ -416,13 +416,13 @@ FROM j JOIN u ON true
 UNION ALL SELECT NULL, NULL, 0 FROM m
 UNION ALL SELECT NULL, NULL, 0 WHERE NOT $5 AND NOT EXISTS (SELECT FROM {t} s WHERE s.id = $1)";
 
-// $1 keys, $2 tokens, $3 leases, $4 whether there is a record to keep alive.
+// $1 keys, $2 tokens, $3 leases, $4 whether there is a record to keep alive, $5 process.
 // Answers 1 renewed, 2 ended, 3 gone, 4 ask again.
 const RENEW: &str = "WITH i AS MATERIALIZED (
   SELECT * FROM unnest($1::text[], $2::bytea[], $3::int8[], $4::bool[]) WITH ORDINALITY AS i(id, token, lease, protects, n)),
 z AS MATERIALIZED (SELECT {impatient} AS z),
 u AS (
-  UPDATE {t} s SET lock_until = {now} + i.lease, lock_lease = i.lease,
+  UPDATE {t} s SET lock_until = {now} + i.lease, lock_lease = i.lease, lock_process = $5::int8,
     (expires_at, expires_minute) = (SELECT n.until, n.until / 60000 FROM (SELECT CASE
       WHEN i.protects THEN GREATEST(s.expires_at, {now} + 2 * i.lease)
       WHEN s.data IS NULL AND s.write_id IS NULL THEN GREATEST(s.expires_at, {now} + i.lease + {stub})

@@ -111,7 +111,7 @@ fn place(dsn: &str, web: bool) -> Result<Option<(Value, u32)>, Failure> {
         }
         _ => None,
     };
-    Ok(place.map(|place| (place, config.connections)))
+    Ok(place.map(|place| (place, config.connections())))
 }
 
 fn server(address: &SqlAddress, usual: u16) -> Option<Value> {

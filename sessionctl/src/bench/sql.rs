@@ -48,7 +48,7 @@ impl PlainCycle {
         let config = SqlConfig::from_dsn(&Dsn::parse(dsn)?)?;
         let id = || Ok(format!("{}{}", config.prefix, SessionId::generate()?.as_str()));
         let keys = (0..tasks).map(|_| id()).collect::<session_core::Result<Arc<[_]>>>()?;
-        let lines = tasks.min(config.connections as usize);
+        let lines = tasks.min(config.connections() as usize);
         let data = vec![b'x'; payload];
         let database = match &config.server {
             SqlServer::Postgres(address) => {

@@ -25,6 +25,9 @@ trait Database {
     /// How many tables there are.
     fn tables(&self) -> u64;
 
+    /// What tells one state of the only session from the next.
+    fn state(&self) -> String;
+
     fn run(&self, command: &str, rest: &[&str]) -> Answer {
         let answer = run(&[&[command, self.dsn("").as_str()], rest].concat());
         if let Some(password) = self.password() {
@@ -86,6 +89,30 @@ macro_rules! every_command {
 
 use every_command;
 
+/// A server that can be stopped under its clients.
+trait Stops: Database {
+    fn stop_immediate(&self);
+
+    fn restart(&self);
+}
+
+/// The tests that only a server can be put to.
+macro_rules! over_a_server {
+    ($database:ty) => {
+        #[test]
+        fn a_server_that_stops_and_comes_back_in_the_middle_has_lost_nothing_and_is_used_again() {
+            super::stop(&<$database as super::Database>::start());
+        }
+
+        #[test]
+        fn whoever_waits_for_a_holder_that_was_killed_is_in_within_a_second() {
+            super::killed_holder(&<$database as super::Database>::start());
+        }
+    };
+}
+
+use over_a_server;
+
 mod sqlite {
     struct Sqlite(tempfile::TempDir);
 
@@ -101,6 +128,11 @@ mod sqlite {
         fn rows(&self) -> u64 {
             let connection = rusqlite::Connection::open(self.0.path().join("sessions.db")).unwrap();
             connection.query_row("SELECT count(*) FROM sessions", [], |row| row.get::<_, u32>(0)).unwrap().into()
+        }
+
+        fn state(&self) -> String {
+            let connection = rusqlite::Connection::open(self.0.path().join("sessions.db")).unwrap();
+            connection.query_row("SELECT hex(write_id) FROM sessions", [], |row| row.get(0)).unwrap()
         }
 
         fn tables(&self) -> u64 {
@@ -137,9 +169,24 @@ mod postgres {
             let count = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'";
             self.query(count).unwrap()[0][0].parse().unwrap()
         }
+
+        fn state(&self) -> String {
+            self.query("SELECT encode(write_id, 'hex') FROM sessions").unwrap()[0][0].clone()
+        }
+    }
+
+    impl super::Stops for Postgres {
+        fn stop_immediate(&self) {
+            self.stop_immediate().unwrap();
+        }
+
+        fn restart(&self) {
+            self.restart().unwrap();
+        }
     }
 
     super::every_command!(Postgres, &super::OVER_A_SERVER, Some(2));
+    super::over_a_server!(Postgres);
 }
 
 mod mariadb {
@@ -166,9 +213,25 @@ mod mariadb {
             let count = "SELECT count(*) FROM information_schema.tables WHERE table_schema = 'sessionkit'";
             self.query(count).unwrap()[0][0].parse().unwrap()
         }
+
+        fn state(&self) -> String {
+            self.query("SELECT HEX(write_id) FROM sessionkit.sessions").unwrap()[0][0].clone()
+        }
+    }
+
+    impl super::Stops for MariaDb {
+        /// It knows nothing between the end of its transactions and a kill.
+        fn stop_immediate(&self) {
+            self.kill().unwrap();
+        }
+
+        fn restart(&self) {
+            self.restart().unwrap();
+        }
     }
 
     super::every_command!(MariaDb, &super::OVER_A_SERVER, Some(2));
+    super::over_a_server!(MariaDb);
 }
 
 /// That of the servers of the tests.
@@ -260,6 +323,49 @@ fn hammer(database: &impl Database) {
     assert_eq!((answer.status, &report["lost"]), (0, &json!(0)), "{answer:?}");
     assert!(report["acked"].as_u64() > Some(0), "{report}");
     assert_eq!(database.run("ls", &[]).text(), "no sessions");
+}
+
+fn stop(server: &impl Stops) {
+    // Made beforehand, so that the workers find it.
+    server.run("ls", &[]).text();
+    let words = ["--processes", "3", "--tasks", "4", "--seconds", "8", "--lease", "500ms", "--hold", "1ms", "--json"];
+    let dsn = server.dsn("");
+    let hammer =
+        sessionctl(&[&["hammer", &dsn], &words[..]].concat()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    server.stop_immediate();
+    server.restart();
+    // While the hammer still runs, what it writes goes on.
+    let (patience, before) = (Instant::now() + Duration::from_secs(4), server.state());
+    while server.state() == before {
+        assert!(Instant::now() < patience, "nothing is written any more");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let answer = Answer::of(hammer.wait_with_output().unwrap());
+    let report = answer.object();
+    assert_eq!((answer.status, &report["lost"]), (0, &json!(0)), "{answer:?}");
+    assert!(report["acked"].as_u64() > Some(0), "{report}");
+}
+
+fn killed_holder(server: &impl Stops) {
+    let id = new_id();
+    server.run("set", &[&id, "n", "0"]).text();
+    // One time in three may meet a machine that has other things to do.
+    let waits: Vec<_> = (0..3)
+        .map(|_| {
+            let mut holder = start_hold(&[&server.dsn("&lease=30s"), &id]);
+            let words = ["incr", &server.dsn("&wait=25s&lease=30s"), &id, "n"];
+            let waiter = sessionctl(&words).stdout(Stdio::piped()).spawn().unwrap();
+            std::thread::sleep(Duration::from_millis(700));
+            holder.child.kill().unwrap();
+            holder.child.wait().unwrap();
+            let killed = Instant::now();
+            assert_eq!(Answer::of(waiter.wait_with_output().unwrap()).status, 0);
+            killed.elapsed()
+        })
+        .collect();
+    assert!(waits.iter().filter(|wait| **wait < Duration::from_secs(1)).count() >= 2, "{waits:?}");
+    assert_eq!(server.run("get", &[&id, "n"]).text(), "3");
 }
 
 fn control_group(database: &impl Database) {

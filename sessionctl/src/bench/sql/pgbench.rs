@@ -50,7 +50,7 @@ impl Pgbench {
         let config = SqlConfig::from_dsn(&Dsn::parse(dsn)?)?;
         let SqlServer::Postgres(address) = &config.server else { return Ok(None) };
         // Its clients are connections, of which ours has no more than these.
-        let clients = tasks.min(config.connections as usize);
+        let clients = tasks.min(config.connections() as usize);
         let base = format!("{}{}-", config.prefix, SessionId::generate()?.as_str());
         let keys: Vec<_> = (0..clients).map(|client| format!("{base}{client}")).collect();
         let plain = Plain::connect(address, &config.table, 1).await.map_err(failed)?;
