@@ -74,7 +74,8 @@ impl<D: Database> Connections<D> {
     pub(crate) async fn take(&self) -> Result<Line<'_, D>, Error> {
         match self {
             Self::Own(own) => own.take().await,
-            Self::Shared(pool) => Ok(Line(Some(Kept::Shared(pool.acquire().await?, Clock::default())))),
+            // On the heap, so that not every statement carries the room for it.
+            Self::Shared(pool) => Ok(Line(Some(Kept::Shared(Box::pin(pool.acquire()).await?, Clock::default())))),
         }
     }
 
@@ -92,7 +93,7 @@ impl<D: Database> Own<D> {
         let permit = match self.permits.try_acquire() {
             Ok(permit) => permit,
             Err(_) => {
-                let free = timeout(self.patience, self.permits.acquire()).await;
+                let free = Box::pin(timeout(self.patience, self.permits.acquire())).await;
                 free.map_err(|_| Error::PoolTimedOut)?.map_err(|_| Error::PoolClosed)?
             }
         };
@@ -114,7 +115,8 @@ impl<D: Database> Own<D> {
                     Ok(connection)
                 };
                 let late = || Error::Io(io::Error::new(io::ErrorKind::TimedOut, "no connection in time"));
-                let connection = timeout(self.patience, connect).await.unwrap_or_else(|_| Err(late()))?;
+                // On the heap, so that whoever finds one does not carry the room for it.
+                let connection = Box::pin(timeout(self.patience, connect)).await.unwrap_or_else(|_| Err(late()))?;
                 Timed { connection, clock: Clock::default() }
             }
         };

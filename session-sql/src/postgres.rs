@@ -127,16 +127,36 @@ impl Postgres {
             arguments.add(&*self.owner.text)?.add(self.process())
         };
         for _ in 0..TURNS {
-            let rows = if entry.want == Want::Existing {
-                self.ask(&self.statements.enter_existing, arguments()?).await?
-            } else {
-                self.ask(&self.statements.enter_any, arguments()?.add(entry.want == Want::Any)?).await?
+            let (sql, arguments) = match entry.want {
+                Want::Existing => (&self.statements.enter_existing, arguments()?),
+                want => (&self.statements.enter_any, arguments()?.add(want == Want::Any)?),
             };
+            let rows = self.ask(sql, arguments).await?;
             match rows.first().map(|row| entered(row, false)).transpose()? {
                 // An absent row has nothing to show.
                 None if entry.want == Want::Existing => return Ok(Some(Entered::Absent)),
                 None | Some(None) => {}
                 Some(entered) => return Ok(entered),
+            }
+        }
+        Err(restless())
+    }
+
+    async fn enter_judged(&self, entry: &Enter) -> Result<Vec<Option<Entered>>, Failure> {
+        for _ in 0..TURNS {
+            let entered = self.judge_entries(&[entry], &self.statements.enter.alone).await?;
+            if entered.iter().any(Option::is_some) {
+                return Ok(entered);
+            }
+        }
+        Err(restless())
+    }
+
+    async fn change_judged(&self, change: &Alter) -> Result<Vec<Option<Verdict>>, Failure> {
+        for _ in 0..TURNS {
+            let verdicts = self.judge_changes(&[change], &self.statements.change.alone).await?;
+            if verdicts.iter().any(Option::is_some) {
+                return Ok(verdicts);
             }
         }
         Err(restless())
@@ -151,7 +171,7 @@ impl Postgres {
             return Ok(None);
         }
         let arguments = Parameters::new().add(&*change.key)?;
-        let rows = match (change.basis, &change.action) {
+        let (sql, arguments) = match (change.basis, &change.action) {
             (Basis::Written(prev), action) if !(self.strict && change.lease.is_some() && change.token.is_none()) => {
                 let token = change.token.filter(|_| change.lease.is_some()).map(bytes);
                 let arguments = arguments.add(&prev.to_bytes()[..])?.add(token)?;
@@ -159,11 +179,9 @@ impl Postgres {
                 match action {
                     Action::Write { id, data, ttl } => {
                         let arguments = arguments.add(length(*ttl))?.add(&id.to_bytes()[..])?.add(&**data)?;
-                        self.ask(&self.statements.change_one[1][closes], arguments).await?
+                        (&self.statements.change_one[1][closes], arguments)
                     }
-                    Action::Touch { ttl } => {
-                        self.ask(&self.statements.change_one[0][closes], arguments.add(length(*ttl))?).await?
-                    }
+                    Action::Touch { ttl } => (&self.statements.change_one[0][closes], arguments.add(length(*ttl))?),
                 }
             }
             (Basis::Unseen, Action::Write { id, data, ttl }) => {
@@ -171,14 +189,14 @@ impl Postgres {
                 match change.token.filter(|_| change.takes()) {
                     Some(token) => {
                         let arguments = arguments.add(bytes(token))?.add(change.lease)?.add(&*self.owner.text)?;
-                        self.ask(&self.statements.insert_locked, arguments.add(self.process())?).await?
+                        (&self.statements.insert_locked, arguments.add(self.process())?)
                     }
-                    None => self.ask(&self.statements.insert, arguments).await?,
+                    None => (&self.statements.insert, arguments),
                 }
             }
             _ => return Ok(None),
         };
-        Ok((!rows.is_empty()).then_some(Verdict::Applied))
+        Ok((!self.ask(sql, arguments).await?.is_empty()).then_some(Verdict::Applied))
     }
 }
 
@@ -194,34 +212,17 @@ impl Database for Postgres {
         self.listener.start();
         match entries {
             [entry] if entry.book == 0 && !entry.probe => Ok(vec![self.enter_one(entry).await?]),
-            [entry] => {
-                for _ in 0..TURNS {
-                    let entered = self.judge_entries(&[entry], &self.statements.enter.alone).await?;
-                    if entered.iter().any(Option::is_some) {
-                        return Ok(entered);
-                    }
-                }
-                Err(restless())
-            }
-            _ => self.enter_many(entries).await,
+            // On the heap, so that a lone request does not carry the room for it.
+            [entry] => Box::pin(self.enter_judged(entry)).await,
+            _ => Box::pin(self.enter_many(entries)).await,
         }
     }
 
     async fn change(&self, changes: &[Alter]) -> Result<Vec<Option<Verdict>>, Failure> {
-        let [change] = changes else { return self.change_many(changes).await };
-        let mut turns = 0;
-        if let Some(verdict) = self.change_one(change).await? {
-            return Ok(vec![Some(verdict)]);
-        }
-        loop {
-            let verdicts = self.judge_changes(&[change], &self.statements.change.alone).await?;
-            if verdicts.iter().any(Option::is_some) {
-                return Ok(verdicts);
-            }
-            turns += 1;
-            if turns == TURNS {
-                return Err(restless());
-            }
+        let [change] = changes else { return Box::pin(self.change_many(changes)).await };
+        match self.change_one(change).await? {
+            Some(verdict) => Ok(vec![Some(verdict)]),
+            None => Box::pin(self.change_judged(change)).await,
         }
     }
 

@@ -1,6 +1,7 @@
 //! What travels together: a batch says of each member what the same request says alone.
 
 use std::collections::BTreeMap;
+use std::slice;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use session_core::leased::{Basis, Found, Then, Verdict, Want};
 use session_core::{Dsn, LeaseToken, Ttl, WriteId};
 
 use crate::config::{SqlConfig, SqlServer};
+use crate::connections::Connections;
 use crate::database::{Action, Alter, Database, Enter, Entered, Owner, Remove};
 
 fn server() -> &'static Server {
@@ -295,4 +297,17 @@ async fn a_refusal_is_of_the_newest_state_and_not_of_an_older_snapshot() {
     }
     copy.query("COMMIT").unwrap();
     assert_eq!(repeat.await.unwrap().unwrap(), [Some(Verdict::AlreadyApplied)]);
+}
+
+// Each request is a future of its own on the heap, which is copied there: what only a rare one needs has no place in it.
+#[tokio::test]
+async fn a_lone_request_carries_no_room_for_what_it_does_not_do() {
+    let options = sqlx::postgres::PgConnectOptions::new_without_pgpass();
+    let pool = sqlx::postgres::PgPoolOptions::new().connect_lazy_with(options.clone());
+    let config = SqlConfig::from_dsn(&Dsn::parse("postgres://127.0.0.1/nowhere").unwrap()).unwrap();
+    let database = super::Postgres::new(Connections::Shared(pool), options, &config, Owner::new().unwrap());
+    let (entry, change) = (enter("key", token(), Want::Existing), write("key", Basis::Unseen, None, wid(), "", Then::Close));
+    let (entry, change) = (database.enter(slice::from_ref(&entry)), database.change(slice::from_ref(&change)));
+    let sizes = [size_of_val(&*entry), size_of_val(&*change)];
+    assert!(sizes.iter().all(|size| *size < 2048), "{sizes:?}");
 }
