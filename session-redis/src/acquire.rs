@@ -12,11 +12,12 @@ use session_core::leased::{Found, Want};
 use session_core::{Error, ErrorKind, LeaseToken, Result};
 use tokio::runtime::Handle;
 
-use crate::answers::{array, bytes, found, int, look_at, only};
+use crate::answers::{array, bytes, found, int, only};
+use crate::batches::Entered;
 use crate::config::RedisWake;
 use crate::layout::{Body, Keys, TokenText, holder, is_lock, token_text};
 use crate::link::Failure;
-use crate::store::{Store, command, millis};
+use crate::store::{Store, millis};
 use crate::waiters::Waiter;
 
 /// How long the place of a task that gave up waits for the next task of this process.
@@ -64,6 +65,9 @@ impl Store {
     }
 
     async fn release_once(&self, keys: &Keys, token: TokenText, clean: bool) -> Result<(), Failure> {
+        if let Some(batches) = &self.batches {
+            return int(&batches.leave(keys, token, clean).await?).map(drop);
+        }
         let clean: &[u8] = if clean { b"1" } else { b"0" };
         let mut commands = Pipeline::with_capacity(1);
         // Whole, because a server that does not answer in time could not say either that it has forgotten the script.
@@ -133,31 +137,14 @@ impl Attempt<'_> {
         if store.crowds.expected(&keys.record) {
             return Box::pin(self.queue_up()).await;
         }
-        let lease_text = lease.to_string();
-        let mut commands = Pipeline::with_capacity(4);
-        commands.add_command(command(&[
-            b"SET",
-            keys.lock.as_bytes(),
-            &self.claim.value,
-            b"NX",
-            b"PX",
-            lease_text.as_bytes(),
-        ]));
-        commands.add_command(command(&[b"EXISTS", keys.queue.as_bytes()]));
-        if self.want != Want::Lock {
-            commands.add_command(command(&[b"GET", keys.record.as_bytes()]));
-            commands.add_command(command(&[b"PTTL", keys.record.as_bytes()]));
-        }
-        let (answers, repeated) = match store.ask_twice(keys, &commands).await {
-            Ok(asked) => asked,
+        let (entered, repeated) = store.enter(keys, &self.token, &self.claim.value, lease, self.want).await;
+        let Entered { mine, queued, body, left } = match entered {
+            Ok(entered) => entered,
+            Err(failure) if failure.answered => return self.failed(failure).await,
             Err(failure) => {
                 self.armed = failure.sent;
                 return Err(failure.into_error(self.operation));
             }
-        };
-        let Flight { mine, queued, body, left } = match Flight::parse(answers, self.want) {
-            Ok(flight) => flight,
-            Err(failure) => return self.failed(failure).await,
         };
         if self.want == Want::Existing && !matches!(body, Body::Live { .. }) {
             // A repeat may have found its own lock.
@@ -172,7 +159,7 @@ impl Attempt<'_> {
                 return self.granted(body, left, false).await;
             }
             // It would end before the hold does.
-            let renewed = Box::pin(store.run(keys, &store.scripts.renew, &[&self.token, lease_text.as_bytes(), b"1"])).await;
+            let renewed = Box::pin(store.run(keys, &store.scripts.renew, &[&self.token, lease.to_string().as_bytes(), b"1"])).await;
             match renewed.and_then(|answer| int(&answer)) {
                 Ok(1) => return self.granted(body, 2 * lease, false).await,
                 // It ended between the two flights: what is there now is asked for under the lock.
@@ -204,18 +191,18 @@ impl Attempt<'_> {
             let args: [&[u8]; 7] =
                 [&self.token, &self.claim.value, lease.as_bytes(), rest_ms.as_bytes(), word(self.want), queued, &heir];
             let answer = store.run(keys, &store.scripts.enter, &args).await;
-            let entered = match answer.and_then(Entered::parse) {
+            let entered = match answer.and_then(Queued::parse) {
                 Ok(entered) => entered,
                 Err(failure) => return self.failed(failure).await,
             };
             match entered {
-                Entered::Absent => {
+                Queued::Absent => {
                     self.armed = false;
                     return Ok(None);
                 }
-                Entered::Granted { body, left, clean } => return self.granted(body, left, clean).await,
-                Entered::Busy { owner: Some(owner), .. } if !is_lock(&owner) => return self.failed(foreign_lock()).await,
-                Entered::Busy { owner, .. } if rest < Duration::from_millis(1) => {
+                Queued::Granted { body, left, clean } => return self.granted(body, left, clean).await,
+                Queued::Busy { owner: Some(owner), .. } if !is_lock(&owner) => return self.failed(foreign_lock()).await,
+                Queued::Busy { owner, .. } if rest < Duration::from_millis(1) => {
                     let error = lock_timeout(self.operation, wait, owner.as_deref());
                     if wait.is_zero() || polls {
                         // It never had a place.
@@ -225,14 +212,14 @@ impl Attempt<'_> {
                     }
                     return Err(error);
                 }
-                Entered::Busy { .. } if polls => {
+                Queued::Busy { .. } if polls => {
                     let pause = (POLL.0 * (1 << tries.min(5))).min(POLL.1);
                     // Between half and one and a half of it, so that two who met once do not meet again.
                     let share = f64::from(self.token[tries % 32] % 16) / 16.0;
                     tokio::time::sleep(rest.min(pause.mul_f64(0.5 + share))).await;
                     tries += 1;
                 }
-                Entered::Busy { lease_left, place, .. } => {
+                Queued::Busy { lease_left, place, .. } => {
                     // A little later than the lease ends, and not all at the same moment.
                     let jitter = Duration::from_micros(1000 + u64::from(self.token[0]) * 31);
                     let lease_left = Duration::from_millis(lease_left) + jitter;
@@ -274,11 +261,11 @@ impl Attempt<'_> {
         let before = store.places.leave(record.clone(), token);
         runtime.spawn(async move {
             if let Some(before) = before {
-                store.give_up(&Keys::of(record.clone().into()), before, true).await;
+                store.give_up(&Keys::of(record.to_string()), before, true).await;
             }
             tokio::time::sleep(HEIR).await;
             if store.places.withdraw(&record, &token) {
-                store.give_up(&Keys::of(record.into()), token, true).await;
+                store.give_up(&Keys::of(record.to_string()), token, true).await;
             }
             // Until here a grant for this place was nobody's to pass on.
             drop(waiter);
@@ -296,15 +283,15 @@ impl Drop for Attempt<'_> {
 
 /// Places in queues whose tasks gave up, for a moment: by the key of the record, the token that stands there.
 #[derive(Default)]
-pub(crate) struct Places(Mutex<HashMap<Box<str>, TokenText>>);
+pub(crate) struct Places(Mutex<HashMap<Arc<str>, TokenText>>);
 
 impl Places {
-    fn places(&self) -> MutexGuard<'_, HashMap<Box<str>, TokenText>> {
+    fn places(&self) -> MutexGuard<'_, HashMap<Arc<str>, TokenText>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Leaves a place, and returns one that was left before and that nobody took.
-    fn leave(&self, record: Box<str>, token: TokenText) -> Option<TokenText> {
+    fn leave(&self, record: Arc<str>, token: TokenText) -> Option<TokenText> {
         self.places().insert(record, token)
     }
 
@@ -330,10 +317,10 @@ impl Places {
 /// Sessions for which others stood in line when somebody of this process saved last, so that the plain flight of the next one would
 /// be for nothing. A hint: whoever is wrong is as right as ever, and a little slower.
 #[derive(Default)]
-pub(crate) struct Crowds(Mutex<HashSet<Box<str>>>);
+pub(crate) struct Crowds(Mutex<HashSet<Arc<str>>>);
 
 impl Crowds {
-    fn crowds(&self) -> MutexGuard<'_, HashSet<Box<str>>> {
+    fn crowds(&self) -> MutexGuard<'_, HashSet<Arc<str>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -354,37 +341,13 @@ impl Crowds {
     }
 }
 
-/// The answers to the flight that takes a lock while nobody waits.
-struct Flight {
-    mine: bool,
-    queued: bool,
-    body: Body,
-    left: i64,
-}
-
-impl Flight {
-    fn parse(answers: Vec<Value>, want: Want) -> Result<Self, Failure> {
-        let mut answers = answers.into_iter();
-        let mut next = || answers.next().ok_or_else(|| Failure::unexpected("an answer is missing"));
-        let mine = match next()? {
-            Value::Okay => true,
-            Value::Nil => false,
-            Value::ServerError(error) => return Err(Failure::refused(&error)),
-            _ => return Err(Failure::unexpected("SET answered with something else than it can")),
-        };
-        let queued = int(&next()?)? > 0;
-        let (body, left) = if want == Want::Lock { (Body::Absent, -2) } else { look_at(next()?, &next()?)? };
-        Ok(Self { mine, queued, body, left })
-    }
-}
-
-enum Entered {
+enum Queued {
     Absent,
     Granted { body: Body, left: i64, clean: bool },
     Busy { owner: Option<Vec<u8>>, lease_left: u64, place: u32 },
 }
 
-impl Entered {
+impl Queued {
     fn parse(answer: Value) -> Result<Self, Failure> {
         let mut parts = array(answer)?.into_iter();
         let mut next = || parts.next().unwrap_or(Value::Nil);

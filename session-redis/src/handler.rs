@@ -145,10 +145,9 @@ impl LeasedStore for Store {
             Then::Close => b'c',
         };
         let how = [basis, if step.lease.is_some() { b'e' } else { b'o' }, what, next];
-        let ttl = ttl.as_millis().to_string();
-        let found = found.as_ref().map_or(&b""[..], |found| found);
-        let args: [&[u8]; 5] = [value(step.claim), found, ttl.as_bytes(), &body, &how];
-        let (answer, repeated) = self.run_once(keys, &self.scripts.save, &args).await;
+        let found = found.map_or_else(Vec::new, Vec::from);
+        let args = [value(step.claim).to_vec(), found, ttl.as_millis().to_string().into_bytes(), body, how.to_vec()];
+        let (answer, repeated) = self.judge(keys, args).await;
         let answer = answer.and_then(|answer| match int(&answer)? {
             1 => Ok(Verdict::Applied),
             3 => {

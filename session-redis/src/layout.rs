@@ -2,6 +2,7 @@
 //!
 //! The scripts read and write the same; see `scripts/common.lua`. Nothing here talks to a server.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use session_core::{Holder, LeaseToken, Record, SessionId, Ttl, WriteId};
@@ -17,11 +18,11 @@ pub(crate) const LOCK: &str = ":lock";
 const QUEUE: &str = ":queue";
 
 /// The keys of one session. The braces make a Cluster keep them on one server.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Keys {
-    pub(crate) record: Box<str>,
-    pub(crate) lock: Box<str>,
-    pub(crate) queue: Box<str>,
+    pub(crate) record: Arc<str>,
+    pub(crate) lock: Arc<str>,
+    pub(crate) queue: Arc<str>,
 }
 
 impl Keys {

@@ -52,6 +52,7 @@
 mod acquire;
 mod admin;
 mod answers;
+mod batches;
 mod cluster;
 mod config;
 mod connect;

@@ -32,13 +32,15 @@ pub(crate) struct Failure {
     source: Option<RedisError>,
     /// Whether the server may have carried the request out.
     pub(crate) sent: bool,
+    /// Whether it is what the server said, or what that means.
+    pub(crate) answered: bool,
     /// Whether another attempt, on a connection made anew, may fare better.
     pub(crate) passing: bool,
 }
 
 impl Failure {
     fn unsent(message: impl Into<Cow<'static, str>>, source: Option<RedisError>) -> Self {
-        Self { kind: ErrorKind::Unavailable, message: message.into(), source, sent: false, passing: false }
+        Self { kind: ErrorKind::Unavailable, message: message.into(), source, sent: false, answered: false, passing: false }
     }
 
     fn lost(source: RedisError) -> Self {
@@ -49,6 +51,7 @@ impl Failure {
             message: message.into(),
             source: Some(source),
             sent: true,
+            answered: false,
             // Whoever did not answer in time would be asked at the price of another time-out.
             passing: !timed_out,
         }
@@ -102,7 +105,7 @@ impl Failure {
                     | ServerErrorKind::TryAgain
             )
         );
-        Self { kind, message, source: None, sent: false, passing }
+        Self { kind, message, source: None, sent: false, answered: true, passing }
     }
 
     /// Draws the conclusion from an attempt to connect that failed.
@@ -123,27 +126,37 @@ impl Failure {
         } else {
             (ErrorKind::Unavailable, "the server cannot be reached")
         };
-        Self { kind, message: message.into(), source: Some(error), sent: false, passing: false }
+        Self { kind, message: message.into(), source: Some(error), sent: false, answered: false, passing: false }
     }
 
     pub(crate) fn unexpected(message: &'static str) -> Self {
-        Self { kind: ErrorKind::Unexpected, message: message.into(), source: None, sent: false, passing: false }
+        Self { kind: ErrorKind::Unexpected, message: message.into(), source: None, sent: false, answered: true, passing: false }
     }
 
     pub(crate) fn corrupt(message: &'static str) -> Self {
-        Self { kind: ErrorKind::Corrupt, message: message.into(), source: None, sent: false, passing: false }
+        Self { kind: ErrorKind::Corrupt, message: message.into(), source: None, sent: false, answered: true, passing: false }
     }
 
     /// No server of the cluster has the slot.
     pub(crate) fn uncovered() -> Self {
         let message = "no server of the cluster serves this slot now".into();
-        Self { kind: ErrorKind::Unavailable, message, source: None, sent: false, passing: true }
+        Self { kind: ErrorKind::Unavailable, message, source: None, sent: false, answered: false, passing: true }
+    }
+
+    /// Others were not answered in time while it waited to be sent.
+    pub(crate) fn silent() -> Self {
+        Self::unsent("the server does not answer in time, and many wait", None)
+    }
+
+    /// Whether the server did not answer in time.
+    pub(crate) fn is_silence(&self) -> bool {
+        self.source.as_ref().is_some_and(RedisError::is_timeout)
     }
 
     /// Whoever was to send it has ended.
     pub(crate) fn abandoned() -> Self {
         let message = "the runtime ended before the answer".into();
-        Self { kind: ErrorKind::Unavailable, message, source: None, sent: true, passing: true }
+        Self { kind: ErrorKind::Unavailable, message, source: None, sent: true, answered: false, passing: true }
     }
 
     /// The same for another request of the same flight.
@@ -153,6 +166,7 @@ impl Failure {
             message: self.message.clone(),
             source: self.source.clone(),
             sent: self.sent,
+            answered: self.answered,
             passing: self.passing,
         }
     }
@@ -160,7 +174,7 @@ impl Failure {
     /// Too few replicas have the write in time: it is there, and it may be lost with the server.
     pub(crate) fn too_few(have: i64, wanted: u32) -> Self {
         let message = format!("{have} of {wanted} replicas have the write in time").into();
-        Self { kind: ErrorKind::Unavailable, message, source: None, sent: true, passing: false }
+        Self { kind: ErrorKind::Unavailable, message, source: None, sent: true, answered: false, passing: false }
     }
 
     pub(crate) fn kind(&self) -> ErrorKind {
@@ -329,7 +343,7 @@ impl Link {
         let (generation, mut connection) = self.connection().await?;
         match connection.send_packed_commands(commands, 0, commands.len()).await {
             Ok(answers) => {
-                if answers.iter().any(|answer| matches!(error_kind(answer), Some(ServerErrorKind::ReadOnly))) {
+                if answers.iter().any(is_read_only) {
                     self.discard(generation);
                 }
                 if self.silences.load(Ordering::Relaxed) > 0 && self.state().generation == generation {
@@ -352,6 +366,14 @@ impl Link {
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Link").field("connected", &self.state().connection.is_some()).finish_non_exhaustive()
+    }
+}
+
+/// Whether the server says that it has become a replica: in so many words, or in the answer of a script to one of many.
+pub(crate) fn is_read_only(answer: &Value) -> bool {
+    match answer {
+        Value::Array(parts) => parts.iter().any(|part| error_kind(part) == Some(ServerErrorKind::ReadOnly)),
+        answer => error_kind(answer) == Some(ServerErrorKind::ReadOnly),
     }
 }
 

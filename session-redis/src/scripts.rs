@@ -17,7 +17,10 @@ pub(crate) struct Script {
 impl Script {
     /// `first` is run before anything is set up.
     fn new(first: &str, choices: &str, body: &str) -> Self {
-        let text = [first, choices, include_str!("scripts/common.lua"), body].concat();
+        Self::of([first, choices, include_str!("scripts/common.lua"), body].concat())
+    }
+
+    fn of(text: String) -> Self {
         let digest = redis::Script::new(&text).get_hash().to_owned();
         Self { text, digest }
     }
@@ -34,6 +37,29 @@ impl Script {
         call
     }
 
+    /// Returns the call for many sessions at once, each with arguments of its own.
+    pub(crate) fn call_all<'a, const N: usize>(
+        &self,
+        members: impl Iterator<Item = (&'a Keys, [&'a [u8]; N])> + Clone,
+        whole: bool,
+    ) -> Cmd {
+        let (verb, script) = if whole { ("EVAL", &self.text) } else { ("EVALSHA", &self.digest) };
+        let length = |(keys, args): (&Keys, [&[u8]; N])| {
+            3 * keys.queue.len() + args.iter().map(|arg| arg.len()).sum::<usize>()
+        };
+        let count = members.clone().count();
+        let size = 32 + script.len() + members.clone().map(length).sum::<usize>();
+        let mut call = Cmd::with_capacity(3 + count * (3 + N), size);
+        call.arg(verb).arg(script).arg(3 * count);
+        for (keys, _) in members.clone() {
+            call.arg(&*keys.record).arg(&*keys.lock).arg(&*keys.queue);
+        }
+        for arg in members.flat_map(|(_, args)| args) {
+            call.arg(arg);
+        }
+        call
+    }
+
     /// Returns the command that gives the script to a server.
     fn load(&self) -> Cmd {
         let mut load = Cmd::with_capacity(3, 32 + self.text.len());
@@ -45,7 +71,9 @@ impl Script {
 /// All scripts of one handler.
 pub(crate) struct Scripts {
     pub(crate) enter: Script,
+    pub(crate) enter_all: Script,
     pub(crate) save: Script,
+    pub(crate) save_all: Script,
     pub(crate) destroy: Script,
     pub(crate) release: Script,
     pub(crate) renew: Script,
@@ -57,7 +85,16 @@ impl Scripts {
     pub(crate) fn new(skip_deaf: bool, strict: bool) -> Self {
         let mut choices = String::new();
         let _ = writeln!(choices, "local SKIP_DEAF, STRICT = {skip_deaf}, {strict}");
+        let one = [
+            "local function one(KEYS, ARGV)\n",
+            &choices,
+            include_str!("scripts/common.lua"),
+            include_str!("scripts/save.lua"),
+            "end\n",
+        ];
         Self {
+            enter_all: Script::of(include_str!("scripts/enter_all.lua").to_owned()),
+            save_all: Script::of(one.concat() + include_str!("scripts/save_all.lua")),
             enter: Script::new("", &choices, include_str!("scripts/enter.lua")),
             save: Script::new(include_str!("scripts/save_fast.lua"), &choices, include_str!("scripts/save.lua")),
             destroy: Script::new("", &choices, include_str!("scripts/destroy.lua")),
@@ -68,6 +105,7 @@ impl Scripts {
 
     /// Returns the commands that give all scripts to a server.
     pub(crate) fn load(&self) -> impl Iterator<Item = Cmd> {
-        [&self.enter, &self.save, &self.destroy, &self.release, &self.renew].into_iter().map(Script::load)
+        let Self { enter, enter_all, save, save_all, destroy, release, renew } = self;
+        [enter, enter_all, save, save_all, destroy, release, renew].into_iter().map(Script::load)
     }
 }

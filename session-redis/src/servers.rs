@@ -48,6 +48,14 @@ impl Servers {
         }
     }
 
+    /// Sends commands of any sessions in one flight, where there is one server for all of them.
+    pub(crate) async fn ask_one(&self, commands: &Pipeline) -> Result<Vec<Value>, Failure> {
+        match self {
+            Self::One { link, .. } => link.ask(commands).await,
+            Self::Cluster(_) => Err(Failure::unexpected("no server of a cluster has all sessions")),
+        }
+    }
+
     /// Sends a change that counts only once enough replicas have it.
     pub(crate) async fn ask_with_replicas(&self, keys: &Keys, change: Cmd) -> Result<Value, Failure> {
         // On the heap, as above.

@@ -7,11 +7,12 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use redis::{Cmd, Pipeline, ServerErrorKind, Value};
-use session_core::leased::Found;
+use session_core::leased::{Found, Want};
 use session_core::{Result, SessionId, WriteId};
 
 use crate::acquire::{Crowds, Places};
 use crate::answers::{answers, found, look_at, only};
+use crate::batches::{ARGS, Batches, Entered, enter, look};
 use crate::config::RedisConfig;
 use crate::layout::{Keys, TokenText, channel, lock_value};
 use crate::link::{Failure, error_kind};
@@ -22,7 +23,9 @@ use crate::waiters::{PassOn, Subscribe, Waiters};
 pub(crate) struct Store {
     pub(crate) servers: Arc<Servers>,
     pub(crate) config: RedisConfig,
-    pub(crate) scripts: Scripts,
+    pub(crate) scripts: Arc<Scripts>,
+    /// Where many sessions are on one server, and no change has to wait for replicas, which has batches of its own.
+    pub(crate) batches: Option<Batches>,
     pub(crate) waiters: Waiters,
     pub(crate) places: Places,
     pub(crate) crowds: Crowds,
@@ -33,6 +36,9 @@ impl Store {
         let nonce: String = WriteId::random()?.to_bytes()[..4].iter().map(|byte| format!("{byte:02x}")).collect();
         let cluster = matches!(servers, Servers::Cluster(_));
         let servers = Arc::new(servers);
+        let scripts = Arc::new(Scripts::new(!cluster, config.strict_expiry));
+        let together = !cluster && config.wait_replicas == 0;
+        let batches = together.then(|| Batches::new(servers.clone(), scripts.clone()));
         Ok(Arc::new_cyclic(|this: &Weak<Self>| {
             let source = servers.clone();
             let subscribe: Subscribe = Arc::new(move || {
@@ -48,7 +54,8 @@ impl Store {
             let channel = channel(&config.prefix, &nonce);
             Self {
                 waiters: Waiters::new(channel, subscribe, pass_on),
-                scripts: Scripts::new(!cluster, config.strict_expiry),
+                scripts,
+                batches,
                 places: Places::default(),
                 crowds: Crowds::default(),
                 servers,
@@ -60,7 +67,7 @@ impl Store {
     /// Asks the server for an answer of any kind, and gives it the scripts, so that no request has to. Whether waiters may be told is
     /// asked too: a script that may not tell them would not say so, and leave them to their sleep.
     pub(crate) async fn greet(&self) -> Result<(), Failure> {
-        let mut greeting = Pipeline::with_capacity(7);
+        let mut greeting = Pipeline::with_capacity(9);
         greeting.cmd("PING").cmd("PUBLISH").arg(channel(&self.config.prefix, "")).arg("");
         for load in self.scripts.load() {
             greeting.add_command(load);
@@ -158,11 +165,43 @@ impl Store {
         self.servers.ask_many(commands).await
     }
 
+    /// Takes the lock `token` if it is free and nobody waits for it, and reads in the same flight; says whether that was sent before
+    /// without an answer.
+    pub(crate) async fn enter(
+        &self,
+        keys: &Keys,
+        token: &TokenText,
+        value: &[u8],
+        lease: i64,
+        want: Want,
+    ) -> (Result<Entered, Failure>, bool) {
+        if let Some(batches) = &self.batches {
+            return batches.enter(keys, token, value, lease, want).await;
+        }
+        let mut commands = Pipeline::with_capacity(4);
+        enter(&mut commands, keys, value, lease.to_string().as_bytes(), want != Want::Lock);
+        match self.ask_twice(keys, &commands).await {
+            Ok((answers, repeated)) => (Entered::parse(&mut answers.into_iter(), want != Want::Lock), repeated),
+            Err(failure) => (Err(failure), false),
+        }
+    }
+
+    /// Has a change judged by the script of saves; says whether an earlier copy may have been carried out without an answer.
+    pub(crate) async fn judge(&self, keys: &Keys, args: [Vec<u8>; ARGS]) -> (Result<Value, Failure>, bool) {
+        match &self.batches {
+            Some(batches) => batches.change(keys, args).await,
+            None => self.run_once(keys, &self.scripts.save, &args.each_ref().map(|arg| &arg[..])).await,
+        }
+    }
+
     /// Reads a record as it is now.
     pub(crate) async fn read_record(&self, keys: &Keys) -> Result<Found, Failure> {
+        if let Some(batches) = &self.batches {
+            let (body, left) = batches.look(keys).await?;
+            return found(body, left);
+        }
         let mut commands = Pipeline::with_capacity(2);
-        commands.add_command(command(&[b"GET", keys.record.as_bytes()]));
-        commands.add_command(command(&[b"PTTL", keys.record.as_bytes()]));
+        look(&mut commands, keys);
         let [body, left] = answers(self.ask(keys, &commands).await?)?;
         let (body, left) = look_at(body, &left)?;
         found(body, left)

@@ -1,0 +1,532 @@
+//! How opens, changes and views of different sessions travel together: what the [collector](session_core::collector) sends to one
+//! server, and how the answers find their callers.
+//!
+//! To run a script costs a server more than all that the script does, and to send a request costs this process more than to write
+//! it; a batch pays both once. Whoever is alone is sent as ever, by his own task. The members of a batch are judged one after the
+//! other, each in an atomic step of its own, so two of one session may well be among them, and what is wrong with one is its own
+//! answer. What an answer means is not known here. The servers of a Cluster and changes that wait for replicas are not asked here.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use redis::{Cmd, Pipeline, ServerErrorKind, Value};
+use session_core::collector::{Batch, Class, Collector, Limits, Member, Reply};
+use session_core::leased::Want;
+use session_core::{ErrorKind, Result};
+
+use crate::answers::{array, int, look_at, parse_body};
+use crate::layout::{Body, Keys, TokenText};
+use crate::link::{Failure, error_kind, is_read_only};
+use crate::scripts::Scripts;
+use crate::servers::Servers;
+use crate::store::command;
+
+/// How much goes at once: so little that a script holds up whoever else asks the server for well under a millisecond.
+const BYTES: usize = 128 << 10;
+/// What is larger travels alone, because its own length is what it costs.
+const ALONE: usize = 16 << 10;
+/// Two of each class: the server works on one while the other is written or read.
+const FLIGHTS: usize = 4;
+
+/// The way to a server for what may travel together.
+pub(crate) struct Batches {
+    collector: Collector<ToServer>,
+    next: AtomicU64,
+}
+
+/// What travels, and how many flights had met with silence when it came.
+pub(crate) struct Op {
+    keys: Keys,
+    what: What,
+    silences: u64,
+}
+
+enum What {
+    /// Takes the lock if it is free, and reads.
+    Enter { value: Vec<u8>, lease: String, reads: bool },
+    /// Reads.
+    Look,
+    /// Runs the script that judges a change.
+    Change([Vec<u8>; ARGS]),
+    /// Gives up what a token has. It follows the open of that token.
+    Leave { token: TokenText, clean: bool },
+}
+
+/// How many arguments a change has.
+pub(crate) const ARGS: usize = 5;
+
+/// The answers to the flight that takes a lock while nobody waits.
+#[derive(Debug)]
+pub(crate) struct Entered {
+    pub(crate) mine: bool,
+    pub(crate) queued: bool,
+    pub(crate) body: Body,
+    pub(crate) left: i64,
+}
+
+pub(crate) enum Answer {
+    Entered(Entered),
+    Seen(Body, i64),
+    Plain(Value),
+}
+
+/// What came of a request, and whether an earlier copy of it was sent and not answered.
+type Outcome = (Result<Answer, Failure>, bool);
+
+impl Batches {
+    pub(crate) fn new(servers: Arc<Servers>, scripts: Arc<Scripts>) -> Self {
+        let mut limits = Limits::default();
+        (limits.bytes, limits.alone, limits.flights) = (BYTES, ALONE, FLIGHTS);
+        let server = ToServer { servers, scripts, silences: AtomicU64::new(0) };
+        Self { collector: Collector::new(server, limits), next: AtomicU64::new(0) }
+    }
+
+    /// Takes the lock `token` if it is free and nobody waits for it, and reads in the same flight.
+    pub(crate) async fn enter(
+        &self,
+        keys: &Keys,
+        token: &TokenText,
+        value: &[u8],
+        lease: i64,
+        want: Want,
+    ) -> (Result<Entered, Failure>, bool) {
+        let what = What::Enter { value: value.to_vec(), lease: lease.to_string(), reads: want != Want::Lock };
+        let (answer, repeated) = self.submit(Class::Open, Key::Token(*token), keys, 0, what).await;
+        let entered = answer.and_then(|answer| match answer {
+            Answer::Entered(entered) => Ok(entered),
+            Answer::Seen(..) | Answer::Plain(_) => Err(mixed_up()),
+        });
+        (entered, repeated)
+    }
+
+    /// Reads a record as it is now, and what is left of its life.
+    pub(crate) async fn look(&self, keys: &Keys) -> Result<(Body, i64), Failure> {
+        match self.submit(Class::Open, self.number(), keys, 0, What::Look).await.0? {
+            Answer::Seen(body, left) => Ok((body, left)),
+            Answer::Entered(_) | Answer::Plain(_) => Err(mixed_up()),
+        }
+    }
+
+    /// Has a change judged.
+    pub(crate) async fn change(&self, keys: &Keys, args: [Vec<u8>; ARGS]) -> (Result<Value, Failure>, bool) {
+        let bytes = args.iter().map(Vec::len).sum();
+        let (answer, repeated) = self.submit(Class::Save, self.number(), keys, bytes, What::Change(args)).await;
+        (answer.and_then(plain), repeated)
+    }
+
+    /// Gives up whatever `token` has, behind an open of that token that is still under way.
+    pub(crate) async fn leave(&self, keys: &Keys, token: TokenText, clean: bool) -> Result<Value, Failure> {
+        let what = What::Leave { token, clean };
+        self.submit(Class::Save, Key::Token(token), keys, 0, what).await.0.and_then(plain)
+    }
+
+    fn number(&self) -> Key {
+        Key::Number(self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    async fn submit(&self, class: Class, key: Key, keys: &Keys, bytes: usize, what: What) -> Outcome {
+        let silences = self.collector.batch().silences.load(Ordering::Relaxed);
+        let op = Op { keys: keys.clone(), what, silences };
+        match self.collector.submit(class, key, bytes, op).await {
+            Ok(outcome) => outcome,
+            // A batch that was cut short, with the runtime that carried it.
+            Err(error) if error.kind() == ErrorKind::Unknown => (Err(Failure::abandoned()), false),
+            Err(_) => (Err(Failure::unexpected("a batch was not answered as it was sent")), false),
+        }
+    }
+}
+
+/// What keeps one request behind another: nothing but an open and its withdrawal have the same.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Key {
+    Number(u64),
+    Token(TokenText),
+}
+
+/// Sends batches to the one server.
+pub(crate) struct ToServer {
+    servers: Arc<Servers>,
+    scripts: Arc<Scripts>,
+    /// How many flights were not answered in time.
+    silences: AtomicU64,
+}
+
+impl Batch for ToServer {
+    type Key = Key;
+    type Op = Op;
+    type Outcome = Outcome;
+
+    /// What became of each is its own, so a batch never fails as a whole.
+    async fn send(&self, class: Class, members: &[Member<Op>]) -> Result<Vec<Reply<Outcome>>> {
+        let silences = self.silences.load(Ordering::Relaxed);
+        let mut trips: Vec<Trip<'_>> = members.iter().map(Trip::new).collect();
+        for trip in &mut trips {
+            // Whoever stood here while the server was found silent has waited his time already.
+            if trip.op.silences != silences {
+                trip.end(Err(Failure::silent()));
+            }
+        }
+        match class {
+            Class::Open => self.enter_all(&mut trips).await,
+            Class::Save => self.change_all(&mut trips).await,
+        }
+        Ok(trips.into_iter().map(Trip::into_reply).collect())
+    }
+}
+
+/// One member on its way.
+struct Trip<'a> {
+    op: &'a Op,
+    outcome: Option<Result<Answer, Failure>>,
+    /// Whether a copy was sent that was not answered.
+    sent: bool,
+}
+
+impl<'a> Trip<'a> {
+    fn new(member: &'a Member<Op>) -> Self {
+        Self { op: &member.op, outcome: None, sent: member.repeat }
+    }
+
+    fn end(&mut self, outcome: Result<Answer, Failure>) {
+        self.outcome = Some(outcome);
+    }
+
+    fn into_reply(self) -> Reply<Outcome> {
+        let outcome = self.outcome.unwrap_or_else(|| Err(Failure::unexpected("an answer is missing")));
+        Reply::Done(Ok((outcome, self.sent)))
+    }
+}
+
+/// The commands of a flight, and who gets which answers.
+type Flight = (Pipeline, Vec<Slot>);
+
+/// Whose the next answer is, or the next two.
+enum Slot {
+    /// The answers of a script, in the order of these members: two each if they enter, one if they change something.
+    Script(Vec<usize>),
+    /// The records of these members.
+    Records(Vec<usize>),
+    /// The answers to the commands of one that goes by plain commands.
+    Enter(usize),
+    Look(usize),
+    /// The one answer to a change or a withdrawal.
+    Plain(usize),
+}
+
+impl ToServer {
+    async fn ask(&self, commands: &Pipeline) -> Result<Vec<Value>, Failure> {
+        let asked = self.servers.ask_one(commands).await;
+        if asked.as_ref().is_err_and(Failure::is_silence) {
+            self.silences.fetch_add(1, Ordering::Relaxed);
+        }
+        asked
+    }
+
+    /// Sends what takes locks and what reads. Both may be repeated: a lock is known by its token.
+    async fn enter_all(&self, trips: &mut [Trip<'_>]) {
+        let mut whole = false;
+        let mut again = true;
+        loop {
+            let (commands, slots) = self.entering(trips, whole);
+            if slots.is_empty() {
+                return;
+            }
+            match self.ask(&commands).await {
+                Ok(answers) => {
+                    let no_script = answers.iter().any(|answer| error_kind(answer) == Some(ServerErrorKind::NoScript));
+                    if no_script && !whole {
+                        whole = true;
+                        continue;
+                    }
+                    if again && answers.iter().any(is_read_only) {
+                        again = false;
+                        trips.iter_mut().filter(|trip| trip.outcome.is_none()).for_each(|trip| trip.sent = true);
+                        continue;
+                    }
+                    hand_out(trips, slots, answers);
+                    // What was seen at two moments does not fit together: it is looked at again, under the lock as before.
+                    return self.look_again(trips).await;
+                }
+                Err(failure) => {
+                    trips.iter_mut().filter(|trip| trip.outcome.is_none()).for_each(|trip| trip.sent |= failure.sent);
+                    if !failure.passing || !again {
+                        return fail_all(trips, &failure);
+                    }
+                    again = false;
+                }
+            }
+        }
+    }
+
+    async fn look_again(&self, trips: &mut [Trip<'_>]) {
+        let torn = |trip: &Trip<'_>| match &trip.outcome {
+            Some(Ok(Answer::Entered(entered))) => (entered.body == Body::Absent) != (entered.left == -2),
+            _ => false,
+        };
+        for trip in trips.iter_mut().filter(|trip| torn(trip)) {
+            let mut commands = Pipeline::with_capacity(2);
+            look(&mut commands, &trip.op.keys);
+            let seen = self.ask(&commands).await.and_then(seen);
+            trip.outcome = trip.outcome.take().map(|outcome| {
+                let (body, left) = seen?;
+                match outcome? {
+                    Answer::Entered(entered) => Ok(Answer::Entered(Entered { body, left, ..entered })),
+                    other => Ok(other),
+                }
+            });
+        }
+    }
+
+    fn entering(&self, trips: &[Trip<'_>], whole: bool) -> Flight {
+        let open = || trips.iter().enumerate().filter(|(_, trip)| trip.outcome.is_none());
+        let reads = |trip: &Trip<'_>| matches!(trip.op.what, What::Enter { reads: true, .. });
+        let together: Vec<usize> = open().filter(|(_, trip)| reads(trip)).map(|(index, _)| index).collect();
+        let together = if together.len() > 1 { together } else { Vec::new() };
+        let (mut commands, mut slots) = (Pipeline::with_capacity(4), Vec::with_capacity(2));
+        if !together.is_empty() {
+            let members = together.iter().filter_map(|index| match &trips[*index].op.what {
+                What::Enter { value, lease, .. } => Some((&trips[*index].op.keys, [&value[..], lease.as_bytes()])),
+                _ => None,
+            });
+            commands.add_command(self.scripts.enter_all.call_all(members, whole));
+            // Beside the script, which would have to take in every byte of every record.
+            let length = together.iter().map(|index| trips[*index].op.keys.record.len()).sum::<usize>();
+            let mut records = Cmd::with_capacity(1 + together.len(), 8 + length);
+            records.arg("MGET");
+            for index in &together {
+                records.arg(&*trips[*index].op.keys.record);
+            }
+            commands.add_command(records);
+        }
+        let alone: Vec<usize> = open().map(|(index, _)| index).filter(|index| !together.contains(index)).collect();
+        if !together.is_empty() {
+            slots.push(Slot::Script(together.clone()));
+            slots.push(Slot::Records(together));
+        }
+        for index in alone {
+            let Op { keys, what, .. } = trips[index].op;
+            match what {
+                What::Enter { value, lease, reads } => {
+                    enter(&mut commands, keys, value, lease.as_bytes(), *reads);
+                    slots.push(Slot::Enter(index));
+                }
+                _ => {
+                    look(&mut commands, keys);
+                    slots.push(Slot::Look(index));
+                }
+            }
+        }
+        (commands, slots)
+    }
+
+    /// Sends what changes something. What was not answered is sent once more, on a connection made anew, and known by its name.
+    async fn change_all(&self, trips: &mut [Trip<'_>]) {
+        let mut whole = false;
+        let mut again = true;
+        loop {
+            let (commands, slots) = self.changing(trips, whole);
+            if slots.is_empty() {
+                return;
+            }
+            match self.ask(&commands).await {
+                Ok(answers) => {
+                    let no_script = answers.iter().any(|answer| error_kind(answer) == Some(ServerErrorKind::NoScript));
+                    hand_out(trips, slots, answers);
+                    for trip in trips.iter_mut() {
+                        let passing = match &trip.outcome {
+                            Some(Ok(Answer::Plain(Value::ServerError(error)))) => match error.kind() {
+                                Some(ServerErrorKind::NoScript) => no_script && !whole,
+                                _ => again && Failure::refused(error).passing,
+                            },
+                            _ => false,
+                        };
+                        if passing {
+                            trip.outcome = None;
+                        }
+                    }
+                    if no_script && !whole {
+                        whole = true;
+                    } else {
+                        again = false;
+                    }
+                }
+                Err(failure) => {
+                    for trip in trips.iter_mut().filter(|trip| trip.outcome.is_none()) {
+                        trip.sent |= failure.sent;
+                    }
+                    if !failure.passing || !again {
+                        return fail_all(trips, &failure);
+                    }
+                    again = false;
+                }
+            }
+        }
+    }
+
+    fn changing(&self, trips: &[Trip<'_>], whole: bool) -> Flight {
+        let open = || trips.iter().enumerate().filter(|(_, trip)| trip.outcome.is_none());
+        let (mut commands, mut slots) = (Pipeline::with_capacity(2), Vec::with_capacity(2));
+        let changes: Vec<(usize, &Keys, &[Vec<u8>; ARGS])> = open()
+            .filter_map(|(index, trip)| match &trip.op.what {
+                What::Change(args) => Some((index, &trip.op.keys, args)),
+                _ => None,
+            })
+            .collect();
+        match &changes[..] {
+            [] => {}
+            [(index, keys, args)] => {
+                commands.add_command(self.scripts.save.call(keys, &args.each_ref().map(|arg| &arg[..]), whole));
+                slots.push(Slot::Plain(*index));
+            }
+            several => {
+                let members = several.iter().map(|(_, keys, args)| (*keys, args.each_ref().map(|arg| &arg[..])));
+                commands.add_command(self.scripts.save_all.call_all(members, whole));
+                slots.push(Slot::Script(several.iter().map(|(index, ..)| *index).collect()));
+            }
+        }
+        for (index, trip) in open() {
+            if let What::Leave { token, clean } = &trip.op.what {
+                // Whole, because a server that does not answer in time could not say either that it has forgotten the script.
+                let clean: &[u8] = if *clean { b"1" } else { b"0" };
+                commands.add_command(self.scripts.release.call(&trip.op.keys, &[token, clean, b"0"], true));
+                slots.push(Slot::Plain(index));
+            }
+        }
+        (commands, slots)
+    }
+}
+
+/// Gives each member its answers.
+fn hand_out(trips: &mut [Trip<'_>], slots: Vec<Slot>, answers: Vec<Value>) {
+    let mut answers = answers.into_iter();
+    for slot in slots {
+        match slot {
+            Slot::Script(members) => {
+                let enter = |index: &usize| matches!(trips[*index].op.what, What::Enter { .. });
+                let each = if members.first().is_some_and(enter) { 2 } else { 1 };
+                let answer = match next(&mut answers) {
+                    Ok(error @ Value::ServerError(_)) if each == 1 => {
+                        members.iter().for_each(|index| trips[*index].end(Ok(Answer::Plain(error.clone()))));
+                        continue;
+                    }
+                    answer => answer,
+                };
+                let parts = answer.and_then(array).and_then(|parts| match parts.len() == each * members.len() {
+                    true => Ok(parts),
+                    false => Err(missing()),
+                });
+                let mut parts = match parts {
+                    Ok(parts) => parts.into_iter(),
+                    Err(failure) => {
+                        members.iter().for_each(|index| trips[*index].end(Err(failure.again())));
+                        continue;
+                    }
+                };
+                for index in members {
+                    let part = parts.next().unwrap_or(Value::Nil);
+                    let outcome = match each {
+                        1 => Ok(Answer::Plain(part)),
+                        _ => entered_all(&part, &parts.next().unwrap_or(Value::Nil)),
+                    };
+                    trips[index].end(outcome);
+                }
+            }
+            Slot::Records(members) => {
+                let records = next(&mut answers).and_then(array).and_then(|records| match records.len() == members.len() {
+                    true => Ok(records),
+                    false => Err(missing()),
+                });
+                match records {
+                    Ok(records) => {
+                        for (index, record) in members.into_iter().zip(records) {
+                            let outcome = trips[index].outcome.take();
+                            trips[index].outcome = outcome.map(|outcome| match (outcome?, parse_body(record)?) {
+                                (Answer::Entered(entered), body) => Ok(Answer::Entered(Entered { body, ..entered })),
+                                (other, _) => Ok(other),
+                            });
+                        }
+                    }
+                    Err(failure) => members.iter().for_each(|index| trips[*index].end(Err(failure.again()))),
+                }
+            }
+            Slot::Enter(index) => {
+                let reads = matches!(trips[index].op.what, What::Enter { reads: true, .. });
+                let own: Vec<_> = answers.by_ref().take(if reads { 4 } else { 2 }).collect();
+                trips[index].end(Entered::parse(&mut own.into_iter(), reads).map(Answer::Entered));
+            }
+            Slot::Look(index) => {
+                trips[index].end(seen(answers.by_ref().take(2).collect()).map(|(body, left)| Answer::Seen(body, left)));
+            }
+            Slot::Plain(index) => trips[index].end(next(&mut answers).map(Answer::Plain)),
+        }
+    }
+}
+
+impl Entered {
+    /// Reads what the plain commands of one open were answered.
+    pub(crate) fn parse(answers: &mut impl Iterator<Item = Value>, reads: bool) -> Result<Self, Failure> {
+        let mine = match next(answers)? {
+            Value::Okay => true,
+            Value::Nil => false,
+            Value::ServerError(error) => return Err(Failure::refused(&error)),
+            _ => return Err(Failure::unexpected("SET answered with something else than it can")),
+        };
+        let queued = int(&next(answers)?)? > 0;
+        let (body, left) = if reads { look_at(next(answers)?, &next(answers)?)? } else { (Body::Absent, -2) };
+        Ok(Self { mine, queued, body, left })
+    }
+}
+
+fn next(answers: &mut impl Iterator<Item = Value>) -> Result<Value, Failure> {
+    answers.next().ok_or_else(missing)
+}
+
+/// Reads what the script of many opens says of one; the record comes beside it.
+fn entered_all(taken: &Value, left: &Value) -> Result<Answer, Failure> {
+    let (taken, left) = (int(taken)?, int(left)?);
+    Ok(Answer::Entered(Entered { mine: taken & 1 != 0, queued: taken & 2 != 0, body: Body::Absent, left }))
+}
+
+fn seen(answers: Vec<Value>) -> Result<(Body, i64), Failure> {
+    let [body, left] = crate::answers::answers(answers)?;
+    look_at(body, &left)
+}
+
+/// Adds the commands of one open.
+pub(crate) fn enter(commands: &mut Pipeline, keys: &Keys, value: &[u8], lease: &[u8], reads: bool) {
+    commands.add_command(command(&[b"SET", keys.lock.as_bytes(), value, b"NX", b"PX", lease]));
+    commands.add_command(command(&[b"EXISTS", keys.queue.as_bytes()]));
+    if reads {
+        look(commands, keys);
+    }
+}
+
+/// Adds the commands of one view.
+pub(crate) fn look(commands: &mut Pipeline, keys: &Keys) {
+    commands.add_command(command(&[b"GET", keys.record.as_bytes()]));
+    commands.add_command(command(&[b"PTTL", keys.record.as_bytes()]));
+}
+
+fn fail_all(trips: &mut [Trip<'_>], failure: &Failure) {
+    for trip in trips.iter_mut().filter(|trip| trip.outcome.is_none()) {
+        let mut failure = failure.again();
+        failure.sent |= trip.sent;
+        trip.end(Err(failure));
+    }
+}
+
+fn plain(answer: Answer) -> Result<Value, Failure> {
+    match answer {
+        Answer::Plain(Value::ServerError(error)) => Err(Failure::refused(&error)),
+        Answer::Plain(answer) => Ok(answer),
+        Answer::Entered(_) | Answer::Seen(..) => Err(mixed_up()),
+    }
+}
+
+fn missing() -> Failure {
+    Failure::unexpected("an answer is missing")
+}
+
+fn mixed_up() -> Failure {
+    Failure::unexpected("a request was answered as another one")
+}
