@@ -6,25 +6,22 @@
 //! other, each in an atomic step of its own, so two of one session may well be among them, and what is wrong with one is its own
 //! answer. What an answer means is not known here. The servers of a Cluster and changes that wait for replicas are not asked here.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use redis::{Cmd, Pipeline, ServerErrorKind, Value};
+use redis::{Pipeline, ServerError, ServerErrorKind, Value};
 use session_core::collector::{Batch, Class, Collector, Limits, Member, Reply};
 use session_core::leased::Want;
 use session_core::{ErrorKind, Result};
 
-use crate::answers::{array, int, look_at, parse_body};
-use crate::layout::{Body, Keys, TokenText};
-use crate::link::{Failure, error_kind, is_read_only};
+use crate::answers::{int, look_at};
+use crate::layout::{Body, HEADER, Keys, TokenText};
+use crate::link::{Failure, is_read_only};
 use crate::scripts::Scripts;
 use crate::servers::Servers;
 use crate::store::command;
 
-/// How much goes at once: so little that a script holds up whoever else asks the server for well under a millisecond.
-const BYTES: usize = 128 << 10;
-/// What is larger travels alone, because its own length is what it costs.
-const ALONE: usize = 16 << 10;
 /// Two of each class: the server works on one while the other is written or read.
 const FLIGHTS: usize = 4;
 
@@ -76,7 +73,7 @@ type Outcome = (Result<Answer, Failure>, bool);
 impl Batches {
     pub(crate) fn new(servers: Arc<Servers>, scripts: Arc<Scripts>) -> Self {
         let mut limits = Limits::default();
-        (limits.bytes, limits.alone, limits.flights) = (BYTES, ALONE, FLIGHTS);
+        limits.flights = FLIGHTS;
         let server = ToServer { servers, scripts, silences: AtomicU64::new(0) };
         Self { collector: Collector::new(server, limits), next: AtomicU64::new(0) }
     }
@@ -180,11 +177,13 @@ struct Trip<'a> {
     outcome: Option<Result<Answer, Failure>>,
     /// Whether a copy was sent that was not answered.
     sent: bool,
+    /// Whether its body is an argument of the script, because it could not be put anywhere else.
+    direct: bool,
 }
 
 impl<'a> Trip<'a> {
     fn new(member: &'a Member<Op>) -> Self {
-        Self { op: &member.op, outcome: None, sent: member.repeat }
+        Self { op: &member.op, outcome: None, sent: member.repeat, direct: false }
     }
 
     fn end(&mut self, outcome: Result<Answer, Failure>) {
@@ -200,16 +199,17 @@ impl<'a> Trip<'a> {
 /// The commands of a flight, and who gets which answers.
 type Flight = (Pipeline, Vec<Slot>);
 
-/// Whose the next answer is, or the next two.
+/// Whose the next answers are.
 enum Slot {
-    /// The answers of a script, in the order of these members: two each if they enter, one if they change something.
+    /// That to a command whose effect the next answer tells.
+    Nobody,
+    /// The answers of a script, in the order of these members.
     Script(Vec<usize>),
-    /// The records of these members.
-    Records(Vec<usize>),
-    /// The answers to the commands of one that goes by plain commands.
+    /// Those to the commands of an open.
     Enter(usize),
+    /// Those to the commands of a view.
     Look(usize),
-    /// The one answer to a change or a withdrawal.
+    /// The one to a change or a withdrawal.
     Plain(usize),
 }
 
@@ -224,99 +224,25 @@ impl ToServer {
 
     /// Sends what takes locks and what reads. Both may be repeated: a lock is known by its token.
     async fn enter_all(&self, trips: &mut [Trip<'_>]) {
-        let mut whole = false;
         let mut again = true;
         loop {
-            let (commands, slots) = self.entering(trips, whole);
+            let (commands, slots) = entering(trips);
             if slots.is_empty() {
                 return;
             }
-            match self.ask(&commands).await {
-                Ok(answers) => {
-                    let no_script = answers.iter().any(|answer| error_kind(answer) == Some(ServerErrorKind::NoScript));
-                    if no_script && !whole {
-                        whole = true;
-                        continue;
-                    }
-                    if again && answers.iter().any(is_read_only) {
-                        again = false;
-                        trips.iter_mut().filter(|trip| trip.outcome.is_none()).for_each(|trip| trip.sent = true);
-                        continue;
-                    }
-                    hand_out(trips, slots, answers);
-                    // What was seen at two moments does not fit together: it is looked at again, under the lock as before.
-                    return self.look_again(trips).await;
-                }
-                Err(failure) => {
-                    trips.iter_mut().filter(|trip| trip.outcome.is_none()).for_each(|trip| trip.sent |= failure.sent);
-                    if !failure.passing || !again {
-                        return fail_all(trips, &failure);
-                    }
-                    again = false;
-                }
+            let failure = match self.ask(&commands).await {
+                Ok(answers) if again && answers.iter().any(is_read_only) => None,
+                Ok(answers) => return hand_out(trips, slots, answers),
+                Err(failure) => Some(failure),
+            };
+            // Whatever a replica said to a view is asked again, too.
+            let sent = failure.as_ref().is_none_or(|failure| failure.sent);
+            open(trips).for_each(|trip| trip.sent |= sent);
+            match failure {
+                Some(failure) if !failure.passing || !again => return fail_all(trips, &failure),
+                _ => again = false,
             }
         }
-    }
-
-    async fn look_again(&self, trips: &mut [Trip<'_>]) {
-        let torn = |trip: &Trip<'_>| match &trip.outcome {
-            Some(Ok(Answer::Entered(entered))) => (entered.body == Body::Absent) != (entered.left == -2),
-            _ => false,
-        };
-        for trip in trips.iter_mut().filter(|trip| torn(trip)) {
-            let mut commands = Pipeline::with_capacity(2);
-            look(&mut commands, &trip.op.keys);
-            let seen = self.ask(&commands).await.and_then(seen);
-            trip.outcome = trip.outcome.take().map(|outcome| {
-                let (body, left) = seen?;
-                match outcome? {
-                    Answer::Entered(entered) => Ok(Answer::Entered(Entered { body, left, ..entered })),
-                    other => Ok(other),
-                }
-            });
-        }
-    }
-
-    fn entering(&self, trips: &[Trip<'_>], whole: bool) -> Flight {
-        let open = || trips.iter().enumerate().filter(|(_, trip)| trip.outcome.is_none());
-        let reads = |trip: &Trip<'_>| matches!(trip.op.what, What::Enter { reads: true, .. });
-        let together: Vec<usize> = open().filter(|(_, trip)| reads(trip)).map(|(index, _)| index).collect();
-        let together = if together.len() > 1 { together } else { Vec::new() };
-        let (mut commands, mut slots) = (Pipeline::with_capacity(4), Vec::with_capacity(2));
-        if !together.is_empty() {
-            let members = together.iter().filter_map(|index| match &trips[*index].op.what {
-                What::Enter { value, lease, .. } => Some((&trips[*index].op.keys, [&value[..], lease.as_bytes()])),
-                _ => None,
-            });
-            commands.add_command(self.scripts.enter_all.call_all(members, whole));
-            // Beside the script, which would have to take in every byte of every record.
-            let length = together.iter().map(|index| trips[*index].op.keys.record.len()).sum::<usize>();
-            let mut records = Cmd::with_capacity(1 + together.len(), 8 + length);
-            records.arg("MGET");
-            for index in &together {
-                records.arg(&*trips[*index].op.keys.record);
-            }
-            commands.add_command(records);
-        }
-        let alone: Vec<usize> = open().map(|(index, _)| index).filter(|index| !together.contains(index)).collect();
-        if !together.is_empty() {
-            slots.push(Slot::Script(together.clone()));
-            slots.push(Slot::Records(together));
-        }
-        for index in alone {
-            let Op { keys, what, .. } = trips[index].op;
-            match what {
-                What::Enter { value, lease, reads } => {
-                    enter(&mut commands, keys, value, lease.as_bytes(), *reads);
-                    slots.push(Slot::Enter(index));
-                }
-                _ => {
-                    look(&mut commands, keys);
-                    slots.push(Slot::Look(index));
-                }
-            }
-        }
-        (commands, slots)
     }
 
     /// Sends what changes something. What was not answered is sent once more, on a connection made anew, and known by its name.
@@ -330,30 +256,26 @@ impl ToServer {
             }
             match self.ask(&commands).await {
                 Ok(answers) => {
-                    let no_script = answers.iter().any(|answer| error_kind(answer) == Some(ServerErrorKind::NoScript));
                     hand_out(trips, slots, answers);
+                    let mut forgotten = false;
                     for trip in trips.iter_mut() {
-                        let passing = match &trip.outcome {
-                            Some(Ok(Answer::Plain(Value::ServerError(error)))) => match error.kind() {
-                                Some(ServerErrorKind::NoScript) => no_script && !whole,
-                                _ => again && Failure::refused(error).passing,
-                            },
-                            _ => false,
-                        };
-                        if passing {
+                        let Some(Ok(Answer::Plain(Value::ServerError(error)))) = &trip.outcome else { continue };
+                        let unplaced = !trip.direct && is_unplaced(error);
+                        let unknown = !whole && error.kind() == Some(ServerErrorKind::NoScript);
+                        if unplaced || unknown || again && Failure::refused(error).passing {
                             trip.outcome = None;
                         }
+                        trip.direct |= unplaced;
+                        forgotten |= unknown;
                     }
-                    if no_script && !whole {
+                    if forgotten {
                         whole = true;
                     } else {
                         again = false;
                     }
                 }
                 Err(failure) => {
-                    for trip in trips.iter_mut().filter(|trip| trip.outcome.is_none()) {
-                        trip.sent |= failure.sent;
-                    }
+                    open(trips).for_each(|trip| trip.sent |= failure.sent);
                     if !failure.passing || !again {
                         return fail_all(trips, &failure);
                     }
@@ -363,25 +285,37 @@ impl ToServer {
         }
     }
 
+    /// The body of what nearly every save is travels beside the script, as a command of its own: a script takes in each byte of its
+    /// arguments, which costs more than all that it does.
     fn changing(&self, trips: &[Trip<'_>], whole: bool) -> Flight {
         let open = || trips.iter().enumerate().filter(|(_, trip)| trip.outcome.is_none());
         let (mut commands, mut slots) = (Pipeline::with_capacity(2), Vec::with_capacity(2));
-        let changes: Vec<(usize, &Keys, &[Vec<u8>; ARGS])> = open()
-            .filter_map(|(index, trip)| match &trip.op.what {
-                What::Change(args) => Some((index, &trip.op.keys, args)),
-                _ => None,
-            })
-            .collect();
+        let mut changes: Vec<(usize, &Keys, Cow<'_, str>, [&[u8]; ARGS])> = Vec::new();
+        for (index, trip) in open() {
+            let What::Change(args) = &trip.op.what else { continue };
+            let (keys, mut args) = (&trip.op.keys, args.each_ref().map(|arg| &arg[..]));
+            let place = match Body::write_of(args[3]).filter(|_| args[4] == USUAL && !trip.direct) {
+                Some(write) => {
+                    let place = keys.place(write);
+                    commands.add_command(command(&[b"SET", place.as_bytes(), args[3], b"PX", args[2]]));
+                    slots.push(Slot::Nobody);
+                    args[3] = &args[3][..HEADER];
+                    Cow::Owned(place)
+                }
+                None => Cow::Borrowed(&*keys.record),
+            };
+            changes.push((index, keys, place, args));
+        }
         match &changes[..] {
             [] => {}
-            [(index, keys, args)] => {
-                commands.add_command(self.scripts.save.call(keys, &args.each_ref().map(|arg| &arg[..]), whole));
+            [(index, keys, place, args)] if matches!(place, Cow::Borrowed(_)) => {
+                commands.add_command(self.scripts.save.call(keys, args, whole));
                 slots.push(Slot::Plain(*index));
             }
-            several => {
-                let members = several.iter().map(|(_, keys, args)| (*keys, args.each_ref().map(|arg| &arg[..])));
+            changes => {
+                let members = changes.iter().map(|(_, keys, place, args)| (*keys, &**place, *args));
                 commands.add_command(self.scripts.save_all.call_all(members, whole));
-                slots.push(Slot::Script(several.iter().map(|(index, ..)| *index).collect()));
+                slots.push(Slot::Script(changes.iter().map(|(index, ..)| *index).collect()));
             }
         }
         for (index, trip) in open() {
@@ -396,66 +330,58 @@ impl ToServer {
     }
 }
 
+/// What a save says of how it is meant if it closes, and goes on from what was read under its own lock.
+const USUAL: &[u8] = b"wewc";
+
+/// Whether a script did not find a body in its place: a full server has not taken it, or has evicted it since.
+fn is_unplaced(error: &ServerError) -> bool {
+    error.details().is_some_and(|details| details.contains("no such key"))
+}
+
+fn open<'t, 'a>(trips: &'t mut [Trip<'a>]) -> impl Iterator<Item = &'t mut Trip<'a>> {
+    trips.iter_mut().filter(|trip| trip.outcome.is_none())
+}
+
+fn entering(trips: &[Trip<'_>]) -> Flight {
+    let (mut commands, mut slots) = (Pipeline::with_capacity(4 * trips.len()), Vec::with_capacity(trips.len()));
+    for (index, trip) in trips.iter().enumerate().filter(|(_, trip)| trip.outcome.is_none()) {
+        let Op { keys, what, .. } = trip.op;
+        if let What::Enter { value, lease, reads } = what {
+            enter(&mut commands, keys, value, lease.as_bytes(), *reads);
+            slots.push(Slot::Enter(index));
+        } else {
+            look(&mut commands, keys);
+            slots.push(Slot::Look(index));
+        }
+    }
+    (commands, slots)
+}
+
 /// Gives each member its answers.
 fn hand_out(trips: &mut [Trip<'_>], slots: Vec<Slot>, answers: Vec<Value>) {
     let mut answers = answers.into_iter();
     for slot in slots {
         match slot {
-            Slot::Script(members) => {
-                let enter = |index: &usize| matches!(trips[*index].op.what, What::Enter { .. });
-                let each = if members.first().is_some_and(enter) { 2 } else { 1 };
-                let answer = match next(&mut answers) {
-                    Ok(error @ Value::ServerError(_)) if each == 1 => {
-                        members.iter().for_each(|index| trips[*index].end(Ok(Answer::Plain(error.clone()))));
-                        continue;
+            Slot::Nobody => drop(answers.next()),
+            Slot::Script(members) => match next(&mut answers) {
+                Ok(Value::Array(parts)) if parts.len() == members.len() => {
+                    for (index, part) in members.into_iter().zip(parts) {
+                        trips[index].end(Ok(Answer::Plain(part)));
                     }
-                    answer => answer,
-                };
-                let parts = answer.and_then(array).and_then(|parts| match parts.len() == each * members.len() {
-                    true => Ok(parts),
-                    false => Err(missing()),
-                });
-                let mut parts = match parts {
-                    Ok(parts) => parts.into_iter(),
-                    Err(failure) => {
-                        members.iter().for_each(|index| trips[*index].end(Err(failure.again())));
-                        continue;
-                    }
-                };
-                for index in members {
-                    let part = parts.next().unwrap_or(Value::Nil);
-                    let outcome = match each {
-                        1 => Ok(Answer::Plain(part)),
-                        _ => entered_all(&part, &parts.next().unwrap_or(Value::Nil)),
-                    };
-                    trips[index].end(outcome);
                 }
-            }
-            Slot::Records(members) => {
-                let records = next(&mut answers).and_then(array).and_then(|records| match records.len() == members.len() {
-                    true => Ok(records),
-                    false => Err(missing()),
-                });
-                match records {
-                    Ok(records) => {
-                        for (index, record) in members.into_iter().zip(records) {
-                            let outcome = trips[index].outcome.take();
-                            trips[index].outcome = outcome.map(|outcome| match (outcome?, parse_body(record)?) {
-                                (Answer::Entered(entered), body) => Ok(Answer::Entered(Entered { body, ..entered })),
-                                (other, _) => Ok(other),
-                            });
-                        }
-                    }
-                    Err(failure) => members.iter().for_each(|index| trips[*index].end(Err(failure.again()))),
+                Ok(error @ Value::ServerError(_)) => {
+                    members.into_iter().for_each(|index| trips[index].end(Ok(Answer::Plain(error.clone()))));
                 }
-            }
+                _ => members.into_iter().for_each(|index| trips[index].end(Err(missing()))),
+            },
             Slot::Enter(index) => {
                 let reads = matches!(trips[index].op.what, What::Enter { reads: true, .. });
                 let own: Vec<_> = answers.by_ref().take(if reads { 4 } else { 2 }).collect();
                 trips[index].end(Entered::parse(&mut own.into_iter(), reads).map(Answer::Entered));
             }
             Slot::Look(index) => {
-                trips[index].end(seen(answers.by_ref().take(2).collect()).map(|(body, left)| Answer::Seen(body, left)));
+                let own: Vec<_> = answers.by_ref().take(2).collect();
+                trips[index].end(seen(own).map(|(body, left)| Answer::Seen(body, left)));
             }
             Slot::Plain(index) => trips[index].end(next(&mut answers).map(Answer::Plain)),
         }
@@ -479,12 +405,6 @@ impl Entered {
 
 fn next(answers: &mut impl Iterator<Item = Value>) -> Result<Value, Failure> {
     answers.next().ok_or_else(missing)
-}
-
-/// Reads what the script of many opens says of one; the record comes beside it.
-fn entered_all(taken: &Value, left: &Value) -> Result<Answer, Failure> {
-    let (taken, left) = (int(taken)?, int(left)?);
-    Ok(Answer::Entered(Entered { mine: taken & 1 != 0, queued: taken & 2 != 0, body: Body::Absent, left }))
 }
 
 fn seen(answers: Vec<Value>) -> Result<(Body, i64), Failure> {

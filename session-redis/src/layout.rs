@@ -16,6 +16,7 @@ pub(crate) const HEADER: usize = 20;
 /// What stands behind the session in the key of its lock.
 pub(crate) const LOCK: &str = ":lock";
 const QUEUE: &str = ":queue";
+const PLACE: &str = ":new:";
 
 /// The keys of one session. The braces make a Cluster keep them on one server.
 #[derive(Clone, Debug)]
@@ -33,6 +34,17 @@ impl Keys {
     /// The keys beside a record's own.
     pub(crate) fn of(record: String) -> Self {
         Self { lock: [&*record, LOCK].concat().into(), queue: [&*record, QUEUE].concat().into(), record: record.into() }
+    }
+
+    /// Returns where the body of a write is put before the write is judged. No other write has the same, so nobody's body can be taken
+    /// for that of another.
+    pub(crate) fn place(&self, id: WriteId) -> String {
+        let digits = digits(id.to_bytes());
+        let mut place = String::with_capacity(self.record.len() + PLACE.len() + digits.len());
+        place.push_str(&self.record);
+        place.push_str(PLACE);
+        place.extend(digits.iter().map(|digit| char::from(*digit)));
+        place
     }
 
     /// Returns the slot that a Cluster goes by.
@@ -90,6 +102,12 @@ impl Body {
         header(BURIED, mark)
     }
 
+    /// Returns the write that the bytes of a record are named after.
+    pub(crate) fn write_of(bytes: &[u8]) -> Option<WriteId> {
+        let id = bytes.get(LIVE.len()..HEADER)?.try_into().ok()?;
+        Some(WriteId::from_bytes(id))
+    }
+
     /// Returns the bytes of a record.
     pub(crate) fn live(id: WriteId, data: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEADER + data.len());
@@ -120,9 +138,13 @@ pub(crate) type TokenText = [u8; 32];
 
 /// Returns a token as the hexadecimal digits that stand in a lock.
 pub(crate) fn token_text(token: LeaseToken) -> TokenText {
+    digits(token.to_bytes())
+}
+
+fn digits(bytes: [u8; 16]) -> TokenText {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let mut text = [0; 32];
-    for (pair, byte) in text.chunks_exact_mut(2).zip(token.to_bytes()) {
+    for (pair, byte) in text.chunks_exact_mut(2).zip(bytes) {
         pair[0] = DIGITS[usize::from(byte >> 4)];
         pair[1] = DIGITS[usize::from(byte & 15)];
     }

@@ -37,24 +37,24 @@ impl Script {
         call
     }
 
-    /// Returns the call for many sessions at once, each with arguments of its own.
+    /// Returns the call for many sessions at once, each with arguments of its own, and with a key beside those of the session.
     pub(crate) fn call_all<'a, const N: usize>(
         &self,
-        members: impl Iterator<Item = (&'a Keys, [&'a [u8]; N])> + Clone,
+        members: impl Iterator<Item = (&'a Keys, &'a str, [&'a [u8]; N])> + Clone,
         whole: bool,
     ) -> Cmd {
         let (verb, script) = if whole { ("EVAL", &self.text) } else { ("EVALSHA", &self.digest) };
-        let length = |(keys, args): (&Keys, [&[u8]; N])| {
-            3 * keys.queue.len() + args.iter().map(|arg| arg.len()).sum::<usize>()
+        let length = |(keys, key, args): (&Keys, &str, [&[u8]; N])| {
+            3 * keys.queue.len() + key.len() + args.iter().map(|arg| arg.len()).sum::<usize>()
         };
         let count = members.clone().count();
         let size = 32 + script.len() + members.clone().map(length).sum::<usize>();
-        let mut call = Cmd::with_capacity(3 + count * (3 + N), size);
-        call.arg(verb).arg(script).arg(3 * count);
-        for (keys, _) in members.clone() {
-            call.arg(&*keys.record).arg(&*keys.lock).arg(&*keys.queue);
+        let mut call = Cmd::with_capacity(3 + count * (4 + N), size);
+        call.arg(verb).arg(script).arg(4 * count);
+        for (keys, key, _) in members.clone() {
+            call.arg(&*keys.record).arg(&*keys.lock).arg(&*keys.queue).arg(key);
         }
-        for arg in members.flat_map(|(_, args)| args) {
+        for arg in members.flat_map(|(_, _, args)| args) {
             call.arg(arg);
         }
         call
@@ -71,7 +71,6 @@ impl Script {
 /// All scripts of one handler.
 pub(crate) struct Scripts {
     pub(crate) enter: Script,
-    pub(crate) enter_all: Script,
     pub(crate) save: Script,
     pub(crate) save_all: Script,
     pub(crate) destroy: Script,
@@ -93,7 +92,6 @@ impl Scripts {
             "end\n",
         ];
         Self {
-            enter_all: Script::of(include_str!("scripts/enter_all.lua").to_owned()),
             save_all: Script::of(one.concat() + include_str!("scripts/save_all.lua")),
             enter: Script::new("", &choices, include_str!("scripts/enter.lua")),
             save: Script::new(include_str!("scripts/save_fast.lua"), &choices, include_str!("scripts/save.lua")),
@@ -105,7 +103,7 @@ impl Scripts {
 
     /// Returns the commands that give all scripts to a server.
     pub(crate) fn load(&self) -> impl Iterator<Item = Cmd> {
-        let Self { enter, enter_all, save, save_all, destroy, release, renew } = self;
-        [enter, enter_all, save, save_all, destroy, release, renew].into_iter().map(Script::load)
+        let Self { enter, save, save_all, destroy, release, renew } = self;
+        [enter, save, save_all, destroy, release, renew].into_iter().map(Script::load)
     }
 }

@@ -1,4 +1,5 @@
 -- Judges a write or a touch, applies it, and gives the lock back unless it is to be kept.
+-- A fourth key is where the new body is already, with its deadline; the argument is then only its header.
 -- ARGV: the value of the lock as its holder set it, the header of what was found, ttl, body, how.
 -- how: the basis (w: a write was found, a: nothing was found, u: nothing was looked at), the access (e, o), the change (w, t), and
 -- what comes next (k: keep, c: close, r: close after what may be a repeat of the write that was found).
@@ -37,7 +38,7 @@ end
 local outcome = judge()
 if outcome == 1 then
   if writes then
-    redis.call('SET', RECORD, body, 'PX', ARGV[3])
+    if KEYS[4] then redis.call('RENAME', KEYS[4], RECORD) else redis.call('SET', RECORD, body, 'PX', ARGV[3]) end
   else
     redis.call('PEXPIRE', RECORD, ARGV[3])
   end
