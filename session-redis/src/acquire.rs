@@ -159,7 +159,8 @@ impl Attempt<'_> {
                 return self.granted(body, left, false).await;
             }
             // It would end before the hold does.
-            let renewed = Box::pin(store.run(keys, &store.scripts.renew, &[&self.token, lease.to_string().as_bytes(), b"1"])).await;
+            let renewed =
+                Box::pin(store.run(keys, &store.scripts.renew, &[&self.token, lease.to_string().as_bytes(), b"1"])).await;
             match renewed.and_then(|answer| int(&answer)) {
                 Ok(1) => return self.granted(body, 2 * lease, false).await,
                 // It ended between the two flights: what is there now is asked for under the lock.

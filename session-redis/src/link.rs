@@ -130,7 +130,14 @@ impl Failure {
     }
 
     pub(crate) fn unexpected(message: &'static str) -> Self {
-        Self { kind: ErrorKind::Unexpected, message: message.into(), source: None, sent: false, answered: true, passing: false }
+        Self {
+            kind: ErrorKind::Unexpected,
+            message: message.into(),
+            source: None,
+            sent: false,
+            answered: true,
+            passing: false,
+        }
     }
 
     pub(crate) fn corrupt(message: &'static str) -> Self {

@@ -15,8 +15,8 @@ local function judge(key, arg)
 end
 for at = 1, #KEYS / 4 do
   local fine, answer = pcall(judge, 4 * at - 3, 5 * at - 4)
-  -- What was not put in its place is not left behind. What is not there any more has been.
-  if KEYS[4 * at] ~= KEYS[4 * at - 3] and answer ~= 1 then redis.pcall('DEL', KEYS[4 * at]) end
+  -- A body that is not in force is not left behind.
+  if answer ~= 1 and answer ~= 3 and KEYS[4 * at] ~= KEYS[4 * at - 3] then redis.pcall('DEL', KEYS[4 * at]) end
   if not fine then answer = redis.error_reply(type(answer) == 'table' and answer.err or tostring(answer)) end
   answers[at] = answer
 end
