@@ -45,7 +45,7 @@ pub(crate) struct Claim {
     pub(crate) token: LeaseToken,
     pub(crate) lease: Duration,
     /// What the lock holds while nobody waits for it.
-    pub(crate) value: Vec<u8>,
+    pub(crate) value: Arc<[u8]>,
 }
 
 impl Store {
@@ -102,7 +102,7 @@ impl Store {
         let Ok(runtime) = Handle::try_current() else { return };
         if !self.places.has(&record, &token) && record.starts_with(&*self.config.prefix) {
             runtime.spawn(async move {
-                let keys = Keys::of(record);
+                let keys = Keys::of(&record);
                 let outcome = self.run(&keys, &self.scripts.release, &[&token, b"1", b"2"]).await;
                 if let Err(failure) = outcome {
                     tracing::debug!(kind = %failure.kind(), "a grant could not be passed on and ends with its time");
@@ -134,7 +134,7 @@ impl Attempt<'_> {
     /// has to expect others does that at once.
     async fn make(&mut self) -> Result<Option<Taken>> {
         let (store, keys, lease) = (self.store, self.keys, millis(self.claim.lease));
-        if store.crowds.expected(&keys.record) {
+        if store.crowds.expected(keys.record()) {
             return Box::pin(self.queue_up()).await;
         }
         let (entered, repeated) = store.enter(keys, &self.token, &self.claim.value, lease, self.want).await;
@@ -184,7 +184,7 @@ impl Attempt<'_> {
         }
         // Before the server is told: the grant may come before its answer.
         let waiter: Waiter = store.waiters.register(self.token);
-        let mut heir: Vec<u8> = store.places.inherit(&keys.record).map_or_else(Vec::new, |token| token.to_vec());
+        let mut heir: Vec<u8> = store.places.inherit(keys.record()).map_or_else(Vec::new, |token| token.to_vec());
         let mut queued: &[u8] = b"0";
         loop {
             let rest = wait.saturating_sub(self.began.elapsed());
@@ -258,15 +258,15 @@ impl Attempt<'_> {
     fn leave_place(&mut self, waiter: Waiter) {
         let Ok(runtime) = Handle::try_current() else { return };
         self.armed = false;
-        let (store, record, token) = (self.store.clone(), self.keys.record.clone(), self.token);
+        let (store, record, token) = (self.store.clone(), Arc::<str>::from(self.keys.record()), self.token);
         let before = store.places.leave(record.clone(), token);
         runtime.spawn(async move {
             if let Some(before) = before {
-                store.give_up(&Keys::of(record.to_string()), before, true).await;
+                store.give_up(&Keys::of(&record), before, true).await;
             }
             tokio::time::sleep(HEIR).await;
             if store.places.withdraw(&record, &token) {
-                store.give_up(&Keys::of(record.to_string()), token, true).await;
+                store.give_up(&Keys::of(&record), token, true).await;
             }
             // Until here a grant for this place was nobody's to pass on.
             drop(waiter);

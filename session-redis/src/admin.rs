@@ -80,20 +80,20 @@ impl RedisAdmin {
 
     async fn held(&self, server: usize, keys: Vec<String>) -> Result<Vec<LockInfo>, Failure> {
         let keys: Vec<Keys> =
-            keys.into_iter().filter_map(|key| key.strip_suffix(LOCK).map(|record| Keys::of(record.into()))).collect();
+            keys.into_iter().filter_map(|key| key.strip_suffix(LOCK).map(|record| Keys::of(record))).collect();
         if keys.is_empty() {
             return Ok(Vec::new());
         }
         let mut commands = Pipeline::with_capacity(3 * keys.len());
         for keys in &keys {
-            commands.cmd("GET").arg(&*keys.lock).cmd("PTTL").arg(&*keys.lock).cmd("LLEN").arg(&*keys.queue);
+            commands.cmd("GET").arg(keys.lock()).cmd("PTTL").arg(keys.lock()).cmd("LLEN").arg(keys.queue());
         }
         let mut answers = self.ask(server, &commands).await?.unwrap_or_default().into_iter();
         let mut locks = Vec::new();
         for keys in keys {
             let (owner, left, waiting) = (answers.next(), answers.next(), answers.next());
             let Some(owner) = owner.and_then(bytes) else { continue };
-            let Some(id) = Keys::id(&self.store.config.prefix, &keys.record) else { continue };
+            let Some(id) = Keys::id(&self.store.config.prefix, keys.record()) else { continue };
             let left = left.and_then(|left| u64::try_from(int(&left).ok()?).ok()).map(Duration::from_millis);
             let waiting = waiting.and_then(|waiting| u64::try_from(int(&waiting).ok()?).ok());
             locks.push(LockInfo::new(id, holder(&owner), left, waiting));

@@ -40,17 +40,38 @@ pub(crate) struct Op {
 
 enum What {
     /// Takes the lock if it is free, and reads.
-    Enter { value: Vec<u8>, lease: String, reads: bool },
+    Enter { value: Arc<[u8]>, lease: i64, reads: bool },
     /// Reads.
     Look,
     /// Runs the script that judges a change.
-    Change([Vec<u8>; ARGS]),
+    Change(Change),
     /// Gives up what a token has. It follows the open of that token.
     Leave { token: TokenText, clean: bool },
 }
 
-/// How many arguments a change has.
-pub(crate) const ARGS: usize = 5;
+/// A change, as the script that judges it is told.
+#[derive(Debug)]
+pub(crate) struct Change {
+    /// The value of the lock as its holder set it.
+    pub(crate) value: Option<Arc<[u8]>>,
+    /// The header of what was found.
+    pub(crate) found: Option<[u8; HEADER]>,
+    pub(crate) ttl: u64,
+    pub(crate) body: Vec<u8>,
+    pub(crate) how: [u8; 4],
+}
+
+impl Change {
+    /// Returns the arguments; `ttl` in digits.
+    pub(crate) fn args<'a>(&'a self, ttl: &'a str) -> [&'a [u8]; 5] {
+        let value = self.value.as_ref().map_or(&NOBODY[..], |value| &value[..]);
+        let found = self.found.as_ref().map_or(&[][..], |found| &found[..]);
+        [value, found, ttl.as_bytes(), &self.body, &self.how]
+    }
+}
+
+/// What no token is.
+pub(crate) const NOBODY: &TokenText = &[b'-'; 32];
 
 /// The answers to the flight that takes a lock while nobody waits.
 #[derive(Debug)]
@@ -83,11 +104,11 @@ impl Batches {
         &self,
         keys: &Keys,
         token: &TokenText,
-        value: &[u8],
+        value: &Arc<[u8]>,
         lease: i64,
         want: Want,
     ) -> (Result<Entered, Failure>, bool) {
-        let what = What::Enter { value: value.to_vec(), lease: lease.to_string(), reads: want != Want::Lock };
+        let what = What::Enter { value: value.clone(), lease, reads: want != Want::Lock };
         let (answer, repeated) = self.submit(Class::Open, Key::Token(*token), keys, 0, what).await;
         let entered = answer.and_then(|answer| match answer {
             Answer::Entered(entered) => Ok(entered),
@@ -105,9 +126,9 @@ impl Batches {
     }
 
     /// Has a change judged.
-    pub(crate) async fn change(&self, keys: &Keys, args: [Vec<u8>; ARGS]) -> (Result<Value, Failure>, bool) {
-        let bytes = args.iter().map(Vec::len).sum();
-        let (answer, repeated) = self.submit(Class::Save, self.number(), keys, bytes, What::Change(args)).await;
+    pub(crate) async fn change(&self, keys: &Keys, change: Change) -> (Result<Value, Failure>, bool) {
+        let bytes = change.body.len();
+        let (answer, repeated) = self.submit(Class::Save, self.number(), keys, bytes, What::Change(change)).await;
         (answer.and_then(plain), repeated)
     }
 
@@ -290,32 +311,37 @@ impl ToServer {
     fn changing(&self, trips: &[Trip<'_>], whole: bool) -> Flight {
         let open = || trips.iter().enumerate().filter(|(_, trip)| trip.outcome.is_none());
         let (mut commands, mut slots) = (Pipeline::with_capacity(2), Vec::with_capacity(2));
-        let mut changes: Vec<(usize, &Keys, Cow<'_, str>, [&[u8]; ARGS])> = Vec::new();
-        for (index, trip) in open() {
-            let What::Change(args) = &trip.op.what else { continue };
-            let (keys, mut args) = (&trip.op.keys, args.each_ref().map(|arg| &arg[..]));
-            let place = match Body::write_of(args[3]).filter(|_| args[4] == USUAL && !trip.direct) {
+        let changes: Vec<(usize, &Keys, &Change, String)> = open()
+            .filter_map(|(index, trip)| match &trip.op.what {
+                What::Change(change) => Some((index, &trip.op.keys, change, change.ttl.to_string())),
+                _ => None,
+            })
+            .collect();
+        let mut calls = Vec::with_capacity(changes.len());
+        for (index, keys, change, ttl) in &changes {
+            let mut args = change.args(ttl);
+            let place = match Body::write_of(&change.body).filter(|_| change.how == *USUAL && !trips[*index].direct) {
                 Some(write) => {
                     let place = keys.place(write);
-                    commands.add_command(command(&[b"SET", place.as_bytes(), args[3], b"PX", args[2]]));
+                    commands.add_command(command(&[b"SET", place.as_bytes(), &change.body, b"PX", ttl.as_bytes()]));
                     slots.push(Slot::Nobody);
-                    args[3] = &args[3][..HEADER];
+                    args[3] = &change.body[..HEADER];
                     Cow::Owned(place)
                 }
-                None => Cow::Borrowed(&*keys.record),
+                None => Cow::Borrowed(keys.record()),
             };
-            changes.push((index, keys, place, args));
+            calls.push((*index, *keys, place, args));
         }
-        match &changes[..] {
+        match &calls[..] {
             [] => {}
             [(index, keys, place, args)] if matches!(place, Cow::Borrowed(_)) => {
                 commands.add_command(self.scripts.save.call(keys, args, whole));
                 slots.push(Slot::Plain(*index));
             }
-            changes => {
-                let members = changes.iter().map(|(_, keys, place, args)| (*keys, &**place, *args));
+            calls => {
+                let members = calls.iter().map(|(_, keys, place, args)| (*keys, &**place, *args));
                 commands.add_command(self.scripts.save_all.call_all(members, whole));
-                slots.push(Slot::Script(changes.iter().map(|(index, ..)| *index).collect()));
+                slots.push(Slot::Script(calls.iter().map(|(index, ..)| *index).collect()));
             }
         }
         for (index, trip) in open() {
@@ -331,7 +357,7 @@ impl ToServer {
 }
 
 /// What a save says of how it is meant if it closes, and goes on from what was read under its own lock.
-const USUAL: &[u8] = b"wewc";
+const USUAL: &[u8; 4] = b"wewc";
 
 /// Whether a script did not find a body in its place: a full server has not taken it, or has evicted it since.
 fn is_unplaced(error: &ServerError) -> bool {
@@ -347,7 +373,7 @@ fn entering(trips: &[Trip<'_>]) -> Flight {
     for (index, trip) in trips.iter().enumerate().filter(|(_, trip)| trip.outcome.is_none()) {
         let Op { keys, what, .. } = trip.op;
         if let What::Enter { value, lease, reads } = what {
-            enter(&mut commands, keys, value, lease.as_bytes(), *reads);
+            enter(&mut commands, keys, value, lease.to_string().as_bytes(), *reads);
             slots.push(Slot::Enter(index));
         } else {
             look(&mut commands, keys);
@@ -414,8 +440,8 @@ fn seen(answers: Vec<Value>) -> Result<(Body, i64), Failure> {
 
 /// Adds the commands of one open.
 pub(crate) fn enter(commands: &mut Pipeline, keys: &Keys, value: &[u8], lease: &[u8], reads: bool) {
-    commands.add_command(command(&[b"SET", keys.lock.as_bytes(), value, b"NX", b"PX", lease]));
-    commands.add_command(command(&[b"EXISTS", keys.queue.as_bytes()]));
+    commands.add_command(command(&[b"SET", keys.lock().as_bytes(), value, b"NX", b"PX", lease]));
+    commands.add_command(command(&[b"EXISTS", keys.queue().as_bytes()]));
     if reads {
         look(commands, keys);
     }
@@ -423,8 +449,8 @@ pub(crate) fn enter(commands: &mut Pipeline, keys: &Keys, value: &[u8], lease: &
 
 /// Adds the commands of one view.
 pub(crate) fn look(commands: &mut Pipeline, keys: &Keys) {
-    commands.add_command(command(&[b"GET", keys.record.as_bytes()]));
-    commands.add_command(command(&[b"PTTL", keys.record.as_bytes()]));
+    commands.add_command(command(&[b"GET", keys.record().as_bytes()]));
+    commands.add_command(command(&[b"PTTL", keys.record().as_bytes()]));
 }
 
 fn fail_all(trips: &mut [Trip<'_>], failure: &Failure) {

@@ -17,8 +17,9 @@ use session_core::{LeaseToken, OpenRequest, OpenSession, Record, Result, Session
 use crate::acquire::Claim;
 use crate::admin::RedisAdmin;
 use crate::answers::{array, foreign, int, parse_body};
+use crate::batches::{Change, NOBODY};
 use crate::config::RedisConfig;
-use crate::layout::{Body, Keys, TokenText, record, token_text};
+use crate::layout::{Body, Keys, record, token_text};
 use crate::link::{Failure, error_kind};
 use crate::lock::RedisLock;
 use crate::store::{Store, millis};
@@ -145,13 +146,13 @@ impl LeasedStore for Store {
             Then::Close => b'c',
         };
         let how = [basis, if step.lease.is_some() { b'e' } else { b'o' }, what, next];
-        let found = found.map_or_else(Vec::new, Vec::from);
-        let args = [value(step.claim).to_vec(), found, ttl.as_millis().to_string().into_bytes(), body, how.to_vec()];
-        let (answer, repeated) = self.judge(keys, args).await;
+        let value = step.claim.map(|claim| claim.value.clone());
+        let change = Change { value, found, ttl: ttl.as_millis(), body, how };
+        let (answer, repeated) = self.judge(keys, change).await;
         let answer = answer.and_then(|answer| match int(&answer)? {
             1 => Ok(Verdict::Applied),
             3 => {
-                self.crowds.note(&keys.record);
+                self.crowds.note(keys.record());
                 Ok(Verdict::Applied)
             }
             2 => Ok(Verdict::AlreadyApplied),
@@ -166,7 +167,13 @@ impl LeasedStore for Store {
         let flag = |on: bool| -> &[u8] { if on { b"1" } else { b"0" } };
         let lease = millis(step.lease).to_string();
         let (close, trace) = (flag(step.then == Then::Close), flag(step.trace));
-        let args: [&[u8]; 5] = [&value(step.claim)[..32], &step.mark.to_bytes(), lease.as_bytes(), close, trace];
+        let args: [&[u8]; 5] = [
+            &step.claim.map_or(NOBODY, |claim| claim.value.first_chunk().unwrap_or(NOBODY))[..],
+            &step.mark.to_bytes(),
+            lease.as_bytes(),
+            close,
+            trace,
+        ];
         let (answer, repeated) = self.run_once(keys, &self.scripts.destroy, &args).await;
         let answer = answer.and_then(removed).map_err(|failure| failure.into_failed("destroy"));
         Asked { answer, repeated }
@@ -204,11 +211,6 @@ impl Store {
         let record: &[u8] = if lease.protects { b"1" } else { b"0" };
         self.scripts.renew.call(&lease.place, &[&token_text(lease.token), length.as_bytes(), record], whole)
     }
-}
-
-/// Returns the value of a lock; no lock has this one if there is none.
-fn value(claim: Option<&Claim>) -> &[u8] {
-    claim.map_or(&[b'-'; size_of::<TokenText>()], |claim| &claim.value)
 }
 
 fn removed(answer: Value) -> Result<Option<Record>, Failure> {

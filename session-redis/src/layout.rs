@@ -18,30 +18,42 @@ pub(crate) const LOCK: &str = ":lock";
 const QUEUE: &str = ":queue";
 const PLACE: &str = ":new:";
 
-/// The keys of one session. The braces make a Cluster keep them on one server.
+/// The keys of one session. The braces make a Cluster keep them on one server. Clones share the text.
 #[derive(Clone, Debug)]
 pub(crate) struct Keys {
-    pub(crate) record: Arc<str>,
-    pub(crate) lock: Arc<str>,
-    pub(crate) queue: Arc<str>,
+    /// The lock, which begins as the record's key does, and then the queue.
+    text: Arc<str>,
+    record: usize,
 }
 
 impl Keys {
     pub(crate) fn new(prefix: &str, id: &SessionId) -> Self {
-        Self::of([prefix, "{", id.as_str(), "}"].concat())
+        Self::of(&[prefix, "{", id.as_str(), "}"].concat())
     }
 
     /// The keys beside a record's own.
-    pub(crate) fn of(record: String) -> Self {
-        Self { lock: [&*record, LOCK].concat().into(), queue: [&*record, QUEUE].concat().into(), record: record.into() }
+    pub(crate) fn of(record: &str) -> Self {
+        Self { text: [record, LOCK, record, QUEUE].concat().into(), record: record.len() }
+    }
+
+    pub(crate) fn record(&self) -> &str {
+        &self.text[..self.record]
+    }
+
+    pub(crate) fn lock(&self) -> &str {
+        &self.text[..self.record + LOCK.len()]
+    }
+
+    pub(crate) fn queue(&self) -> &str {
+        &self.text[self.record + LOCK.len()..]
     }
 
     /// Returns where the body of a write is put before the write is judged. No other write has the same, so nobody's body can be taken
     /// for that of another.
     pub(crate) fn place(&self, id: WriteId) -> String {
         let digits = digits(id.to_bytes());
-        let mut place = String::with_capacity(self.record.len() + PLACE.len() + digits.len());
-        place.push_str(&self.record);
+        let mut place = String::with_capacity(self.record + PLACE.len() + digits.len());
+        place.push_str(self.record());
         place.push_str(PLACE);
         place.extend(digits.iter().map(|digit| char::from(*digit)));
         place
@@ -49,7 +61,7 @@ impl Keys {
 
     /// Returns the slot that a Cluster goes by.
     pub(crate) fn slot(&self) -> u16 {
-        let tag = self.record.split_once('{').map_or("", |(_, tag)| tag.trim_end_matches('}'));
+        let tag = self.record().split_once('{').map_or("", |(_, tag)| tag.trim_end_matches('}'));
         slot(tag.as_bytes())
     }
 
@@ -152,13 +164,13 @@ fn digits(bytes: [u8; 16]) -> TokenText {
 }
 
 /// Returns the value of a lock: `token|lease|since|channel`.
-pub(crate) fn lock_value(token: &TokenText, lease: Duration, channel: &str) -> Vec<u8> {
+pub(crate) fn lock_value(token: &TokenText, lease: Duration, channel: &str) -> Arc<[u8]> {
     use std::io::Write as _;
     let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
     let mut value = Vec::with_capacity(80 + channel.len());
     value.extend_from_slice(token);
     let _ = write!(value, "|{}|{since}|{channel}", lease.as_millis().max(1));
-    value
+    value.into()
 }
 
 /// Whether what stands in the key of a lock begins as every version of this library begins it.
@@ -200,12 +212,12 @@ mod tests {
         assert_eq!(slot(b"foo"), 12182);
         let id = SessionId::parse("0123456789abcdefghijkl").unwrap();
         let keys = Keys::new("app:", &id);
-        assert_eq!(&*keys.record, "app:{0123456789abcdefghijkl}");
-        assert_eq!(&*keys.lock, "app:{0123456789abcdefghijkl}:lock");
+        assert_eq!(keys.record(), "app:{0123456789abcdefghijkl}");
+        assert_eq!(keys.lock(), "app:{0123456789abcdefghijkl}:lock");
         assert_eq!(keys.slot(), slot(id.as_str().as_bytes()));
-        assert_eq!(Keys::id("app:", &keys.record), Some(id));
-        assert_eq!(Keys::id("app:", &keys.lock), None);
-        assert_eq!(Keys::id("other:", &keys.record), None);
+        assert_eq!(Keys::id("app:", keys.record()), Some(id));
+        assert_eq!(Keys::id("app:", keys.lock()), None);
+        assert_eq!(Keys::id("other:", keys.record()), None);
     }
 
     #[test]

@@ -38,16 +38,22 @@
 //! one more, to come for the lock that he was told of. An absent id costs two: the lock is asked for in the same flight as the record,
 //! and given back when there is none.
 //!
+//! What asks at the same moment travels together: one flight for many opens and views, one script for many saves, whose bodies stand
+//! beside it, because a script takes in each byte of its arguments. Nothing waits for company: whoever is alone is sent at once, and
+//! the members of a flight are judged one after the other, each for itself. A body that is to be judged has a key of its own, named
+//! after its write, until the script of the same flight puts it in its place or removes it; if the connection breaks between the two, and
+//! nobody asks again, it is left there until its life ends. In a Cluster, and with `wait_replicas`, each request is sent for itself.
+//!
 //! # Silence
 //!
 //! A request that is not answered within `timeout` is [`Unavailable`](session_core::ErrorKind::Unavailable) if it was an open, which
-//! is then withdrawn in the background, and [`Unknown`](session_core::ErrorKind::Unknown) if it was a change. A connection that broke
-//! is made anew, and the request is asked once more: opens, renewals and withdrawals go by their token, changes by their write id, so
-//! that neither happens twice.
+//! is then withdrawn in the background, and [`Unknown`](session_core::ErrorKind::Unknown) if it was a change. Whoever stood behind it,
+//! to travel next, is not sent any more: he is `Unavailable`. A connection that broke is made anew, and the request is asked once more:
+//! opens, renewals and withdrawals go by their token, changes by their write id, so that neither happens twice.
 //!
 //! Reading order: `layout` (what stands where), `scripts` (the atomic steps), `store` (asking) and `answers` (what came back), `acquire`
-//! (taking a lock), `handler` (what each access does), `connect`, `servers`, `link` and `cluster` (who is asked), `waiters` (who is
-//! woken how), `replicas` (changes that wait for replicas).
+//! (taking a lock), `batches` (what travels together), `handler` (what each access does), `connect`, `servers`, `link` and `cluster`
+//! (who is asked), `waiters` (who is woken how), `replicas` (changes that wait for replicas).
 
 mod acquire;
 mod admin;

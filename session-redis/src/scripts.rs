@@ -28,9 +28,9 @@ impl Script {
     /// Returns the call. A server that has forgotten the script answers `NOSCRIPT`; `whole` then sends its text, which it keeps.
     pub(crate) fn call(&self, keys: &Keys, args: &[&[u8]], whole: bool) -> Cmd {
         let (verb, script) = if whole { ("EVAL", &self.text) } else { ("EVALSHA", &self.digest) };
-        let size = 128 + script.len() + 3 * keys.record.len() + args.iter().map(|arg| arg.len() + 16).sum::<usize>();
+        let size = 128 + script.len() + 3 * keys.record().len() + args.iter().map(|arg| arg.len() + 16).sum::<usize>();
         let mut call = Cmd::with_capacity(6 + args.len(), size);
-        call.arg(verb).arg(script).arg(3).arg(&*keys.record).arg(&*keys.lock).arg(&*keys.queue);
+        call.arg(verb).arg(script).arg(3).arg(keys.record()).arg(keys.lock()).arg(keys.queue());
         for arg in args {
             call.arg(*arg);
         }
@@ -45,14 +45,14 @@ impl Script {
     ) -> Cmd {
         let (verb, script) = if whole { ("EVAL", &self.text) } else { ("EVALSHA", &self.digest) };
         let length = |(keys, key, args): (&Keys, &str, [&[u8]; N])| {
-            3 * keys.queue.len() + key.len() + args.iter().map(|arg| arg.len()).sum::<usize>()
+            3 * keys.queue().len() + key.len() + args.iter().map(|arg| arg.len()).sum::<usize>()
         };
         let count = members.clone().count();
         let size = 32 + script.len() + members.clone().map(length).sum::<usize>();
         let mut call = Cmd::with_capacity(3 + count * (4 + N), size);
         call.arg(verb).arg(script).arg(4 * count);
         for (keys, key, _) in members.clone() {
-            call.arg(&*keys.record).arg(&*keys.lock).arg(&*keys.queue).arg(key);
+            call.arg(keys.record()).arg(keys.lock()).arg(keys.queue()).arg(key);
         }
         for arg in members.flat_map(|(_, _, args)| args) {
             call.arg(arg);

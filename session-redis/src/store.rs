@@ -12,7 +12,7 @@ use session_core::{Result, SessionId, WriteId};
 
 use crate::acquire::{Crowds, Places};
 use crate::answers::{answers, found, look_at, only};
-use crate::batches::{ARGS, Batches, Entered, enter, look};
+use crate::batches::{Batches, Change, Entered, enter, look};
 use crate::config::RedisConfig;
 use crate::layout::{Keys, TokenText, channel, lock_value};
 use crate::link::{Failure, error_kind};
@@ -86,7 +86,7 @@ impl Store {
     }
 
     /// Returns the value of a lock that this handler takes now.
-    pub(crate) fn lock_value(&self, token: &TokenText, lease: Duration) -> Vec<u8> {
+    pub(crate) fn lock_value(&self, token: &TokenText, lease: Duration) -> Arc<[u8]> {
         lock_value(token, lease, self.waiters.channel())
     }
 
@@ -171,7 +171,7 @@ impl Store {
         &self,
         keys: &Keys,
         token: &TokenText,
-        value: &[u8],
+        value: &Arc<[u8]>,
         lease: i64,
         want: Want,
     ) -> (Result<Entered, Failure>, bool) {
@@ -187,10 +187,10 @@ impl Store {
     }
 
     /// Has a change judged by the script of saves; says whether an earlier copy may have been carried out without an answer.
-    pub(crate) async fn judge(&self, keys: &Keys, args: [Vec<u8>; ARGS]) -> (Result<Value, Failure>, bool) {
+    pub(crate) async fn judge(&self, keys: &Keys, change: Change) -> (Result<Value, Failure>, bool) {
         match &self.batches {
-            Some(batches) => batches.change(keys, args).await,
-            None => self.run_once(keys, &self.scripts.save, &args.each_ref().map(|arg| &arg[..])).await,
+            Some(batches) => batches.change(keys, change).await,
+            None => self.run_once(keys, &self.scripts.save, &change.args(&change.ttl.to_string())).await,
         }
     }
 
