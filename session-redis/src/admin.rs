@@ -79,8 +79,7 @@ impl RedisAdmin {
     }
 
     async fn held(&self, server: usize, keys: Vec<String>) -> Result<Vec<LockInfo>, Failure> {
-        let keys: Vec<Keys> =
-            keys.into_iter().filter_map(|key| key.strip_suffix(LOCK).map(|record| Keys::of(record))).collect();
+        let keys: Vec<Keys> = keys.into_iter().filter_map(|key| key.strip_suffix(LOCK).map(Keys::of)).collect();
         if keys.is_empty() {
             return Ok(Vec::new());
         }

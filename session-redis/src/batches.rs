@@ -334,7 +334,7 @@ impl ToServer {
         }
         match &calls[..] {
             [] => {}
-            [(index, keys, place, args)] if matches!(place, Cow::Borrowed(_)) => {
+            [(index, keys, Cow::Borrowed(_), args)] => {
                 commands.add_command(self.scripts.save.call(keys, args, whole));
                 slots.push(Slot::Plain(*index));
             }
