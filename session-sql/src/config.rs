@@ -37,8 +37,8 @@ pub enum SqlServer {
 pub enum Durability {
     /// Killed processes, not power cuts: nobody waits for the disk (`synchronous=NORMAL`). A power cut may take the last saves.
     None,
-    /// Power cuts too: what is saved together waits for one sync of the log (`synchronous=FULL`). Locks do not wait: they need not
-    /// outlive whoever holds them.
+    /// Power cuts too: what is saved together waits for one sync of the log, as with `synchronous=FULL`; it can be read before that,
+    /// but is not acknowledged. Locks do not wait: they need not outlive whoever holds them.
     #[default]
     Data,
 }

@@ -1,9 +1,13 @@
-//! SQLite: one thread of a handler writes, and whatever waits at that moment shares a transaction; others read beside it.
+//! SQLite: one connection of a handler writes, and whatever waits at that moment shares a transaction; others read beside it.
 //!
 //! The steps are judged in Rust on the row as it stands (`row`), inside a transaction that nobody else can write beside. What no
-//! power cut may take is synced before anybody is told of it; who holds a lock need not outlive the machine.
+//! power cut may take is synced before anybody is told of it, though others may read it meanwhile; who holds a lock need not outlive
+//! the machine. No thread of a runtime waits for the disk, but where several processes share a file: the first write after one of them
+//! has copied the whole log syncs the head of the new one, and that process cannot tell the others.
 
+mod clear;
 mod job;
+mod pen;
 mod place;
 mod readers;
 mod row;
@@ -27,7 +31,7 @@ use readers::Readers;
 use row::Who;
 use side::Side;
 use table::{Fitness, Table, Turn};
-use writer::Writer;
+use writer::{Errand, Writer};
 
 /// What all threads of a handler know.
 #[derive(Debug)]
@@ -42,10 +46,9 @@ struct Shared {
 }
 
 impl Shared {
-    /// Begins to look at the table by a connection, at this instant.
-    fn turn<'a>(&'a self, connection: &'a Connection) -> rusqlite::Result<Turn<'a>> {
-        let now = self.table.now(connection)?;
-        Ok(Turn { connection, table: &self.table, who: &self.who, strict: self.strict, now })
+    /// Begins to look at the table by a connection.
+    fn turn<'a>(&'a self, connection: &'a Connection) -> Turn<'a> {
+        Turn { connection, table: &self.table, who: &self.who, strict: self.strict }
     }
 
     /// Says whether the process of another handler has ended, as far as that can be known.
@@ -87,25 +90,26 @@ impl Database for Sqlite {
         {
             let asked = entry.clone();
             let peek = move |connection: &Connection, shared: &Shared| {
-                shared.turn(connection)?.peek(&asked, |process| shared.is_gone(process))
+                shared.turn(connection).peek(&asked, |process| shared.is_gone(process))
             };
             if let Some(answer) = self.readers.ask(peek).await? {
                 return Ok(vec![Some(answer)]);
             }
         }
+        let errand = if entries.len() == 1 { Errand::Light } else { Errand::Heavy };
         let (entries, shared) = (entries.to_vec(), self.shared.clone());
         let work = move |turn: &Turn<'_>| {
             let enter = |entry| turn.enter(entry, |process| shared.is_gone(process)).map(Some);
             entries.iter().map(enter).collect()
         };
-        self.writer.ask(false, 0, work).await
+        self.writer.ask(errand, work).await
     }
 
     async fn change(&self, changes: &[Alter]) -> Result<Vec<Option<Verdict>>, Failure> {
         let changes = changes.to_vec();
-        let bytes = changes.iter().map(Alter::bytes).sum();
+        let errand = Errand::Lasting { bytes: changes.iter().map(Alter::bytes).sum(), rows: changes.len() };
         let work = move |turn: &Turn<'_>| changes.iter().map(|change| turn.change(change).map(Some)).collect();
-        self.writer.ask(true, bytes, work).await
+        self.writer.ask(errand, work).await
     }
 
     async fn look(&self, key: &str) -> Result<Found, Failure> {
@@ -115,17 +119,18 @@ impl Database for Sqlite {
 
     async fn remove(&self, removal: &Remove) -> Result<Option<Record>, Failure> {
         let removal = removal.clone();
-        self.writer.ask(true, 0, move |turn| turn.remove(&removal)).await
+        self.writer.ask(Errand::Lasting { bytes: 0, rows: 1 }, move |turn| turn.remove(&removal)).await
     }
 
     async fn renew(&self, leases: &[Renew]) -> Result<Vec<Renewed>, Failure> {
+        let errand = if leases.len() == 1 { Errand::Light } else { Errand::Heavy };
         let leases = leases.to_vec();
-        self.writer.ask(false, 0, move |turn| leases.iter().map(|lease| turn.renew(lease)).collect()).await
+        self.writer.ask(errand, move |turn| leases.iter().map(|lease| turn.renew(lease)).collect()).await
     }
 
     async fn leave(&self, key: &str, token: LeaseToken, clean: bool) -> Result<bool, Failure> {
         let key = key.to_owned();
-        self.writer.ask(false, 0, move |turn| turn.leave(&key, token, clean)).await?;
+        self.writer.ask(Errand::Light, move |turn| turn.leave(&key, token, clean)).await?;
         // What was asked before has been done before, or never is.
         Ok(true)
     }
@@ -138,7 +143,7 @@ impl Database for Sqlite {
             let mut done = false;
             while !done && left > 0 {
                 // A transaction of its own for each piece, so that it holds up nobody.
-                let freed = self.writer.ask(false, 0, move |turn| turn.gc(records, left)).await?;
+                let freed = self.writer.ask(Errand::Heavy, move |turn| turn.gc(records, left)).await?;
                 expired += if records { u64::from(freed.rows) } else { 0 };
                 left -= freed.rows.min(left);
                 done = freed.done;
@@ -159,15 +164,15 @@ impl Database for Sqlite {
 
     async fn unlock(&self, key: &str) -> Result<bool, Failure> {
         let key = key.to_owned();
-        self.writer.ask(false, 0, move |turn| turn.unlock(&key)).await
+        self.writer.ask(Errand::Light, move |turn| turn.unlock(&key)).await
     }
 
     async fn create_table(&self) -> Result<(), Failure> {
-        self.writer.ask(true, 0, |turn| turn.table.create(turn.connection)).await
+        self.writer.ask(Errand::Lasting { bytes: 0, rows: 64 }, |turn| turn.table.create(turn.connection)).await
     }
 
     async fn check(&self) -> Result<(), Failure> {
-        match self.writer.ask(false, 0, |turn| turn.table.check(turn.connection)).await? {
+        match self.writer.ask(Errand::Heavy, |turn| turn.table.check(turn.connection)).await? {
             Fitness::Fits => Ok(()),
             Fitness::Missing => Err(place::missing()),
             Fitness::Foreign => Err(place::foreign_table()),

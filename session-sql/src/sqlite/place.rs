@@ -7,6 +7,7 @@ use std::io;
 #[cfg(unix)]
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, ffi};
@@ -19,6 +20,9 @@ use crate::database::Failure;
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) connection: Connection,
+    /// The log beside the file, to have synced what was committed to it; of a connection that writes, where that is the same as
+    /// what SQLite does.
+    pub(super) log: Option<Arc<File>>,
     file: Option<(u64, u64)>,
 }
 
@@ -84,7 +88,7 @@ impl Place {
         // Its own way of waiting lets whoever has just written go first again and again.
         connection.busy_timeout(Duration::ZERO)?;
         connection.set_prepared_statement_cache_capacity(STATEMENTS);
-        Ok(Opened { connection, file })
+        Ok(Opened { connection, log: None, file })
     }
 
     /// Says whether the path still leads to the file of a connection. SQLite would go on in a file that nobody can find any more.
@@ -100,11 +104,51 @@ impl Place {
     }
 
     /// Makes the file keep a write-ahead log, without which readers and writers exclude each other; says whether it does.
-    pub(super) fn log_ahead(connection: &Connection) -> rusqlite::Result<bool> {
+    ///
+    /// The log is not copied into the file by whichever commit finds it long, because that waits for the disk.
+    pub(super) fn log_ahead(opened: &mut Opened) -> rusqlite::Result<bool> {
+        let connection = &opened.connection;
         let mode: String = connection.pragma_update_and_check(None, "journal_mode", "wal", |row| row.get(0))?;
         connection.pragma_update_and_check(None, "journal_size_limit", LOG, |_| Ok(()))?;
+        connection.pragma_update_and_check(None, "wal_autocheckpoint", 0, |_| Ok(()))?;
+        // The log is there once something was read from the file.
+        connection.query_row("PRAGMA main.schema_version", [], |_| Ok(()))?;
+        opened.log = log(connection);
         Ok(mode == "wal")
     }
+}
+
+/// Opens the log of a connection.
+///
+/// A commit with `synchronous=FULL` is one with `NORMAL`, and then `fsync` of the log before others see it. Synced by this file it
+/// is seen before, but nobody is told of it before, and it is no less on the disk: the log is one file as long as the connection
+/// lives, a commit lies behind all that it builds on, and the log begins anew only when all of it was copied to the database file
+/// and that was synced, by whichever process. The log has none of SQLite's locks, so closing this file takes none away.
+#[cfg(target_os = "linux")]
+fn log(connection: &Connection) -> Option<Arc<File>> {
+    let mut path = std::ffi::OsString::from(connection.path().filter(|path| !path.is_empty())?);
+    path.push("-wal");
+    File::open(path).ok().map(Arc::new)
+}
+
+/// Elsewhere a sync by another descriptor may be less than one of SQLite.
+#[cfg(not(target_os = "linux"))]
+fn log(_connection: &Connection) -> Option<Arc<File>> {
+    None
+}
+
+/// How long the log is, in pages, and how many of them are not in the file.
+pub(super) struct Log {
+    pub(super) pages: i64,
+    pub(super) rest: i64,
+}
+
+/// Copies the log into the file in one of the ways of SQLite, or with `NOOP` copies nothing; returns what the log is then.
+pub(super) fn checkpoint(connection: &Connection, how: &str) -> rusqlite::Result<Log> {
+    let mut checkpoint = connection.prepare_cached(&format!("PRAGMA main.wal_checkpoint({how})"))?;
+    let (pages, copied): (i64, i64) = checkpoint.query_row([], |row| Ok((row.get(1)?, row.get(2)?)))?;
+    // Somebody else is copying, and there is no answer.
+    Ok(if pages < 0 { Log { pages: 0, rest: i64::MAX } } else { Log { pages, rest: pages - copied } })
 }
 
 /// Says whether the file is locked at this moment, and nothing else is wrong.
@@ -190,6 +234,13 @@ pub(super) fn foreign_table() -> Failure {
 
 pub(super) fn config(message: &'static str) -> Failure {
     Failure::new(ErrorKind::Config, message)
+}
+
+/// Says that what was committed may not be on the disk.
+pub(super) fn sync_failure(source: Option<io::Error>) -> Failure {
+    let mut failure = Failure::new(ErrorKind::Unavailable, "the log of the database could not be brought to the disk");
+    failure.source = source.map(Into::into);
+    failure
 }
 
 fn io_failure(error: io::Error) -> Failure {

@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use rusqlite::types::{FromSqlError, Type};
+use rusqlite::types::{FromSqlError, ToSql, Type};
 use rusqlite::{Connection, OptionalExtension, Result, named_params};
 use session_core::leased::{Found, Renewed, Verdict, Want};
 use session_core::{LeaseToken, Record, Ttl, WriteId};
@@ -30,6 +30,9 @@ const COLUMNS: [&str; 15] = [
     "data",
 ];
 
+/// Where the number of a row stands among what is bound; each column has its place in the list.
+const NUMBER: usize = COLUMNS.len() + 1;
+
 /// The clock of the database, in milliseconds.
 const NOW: &str = "CAST(round(unixepoch('subsec') * 1000) AS INTEGER)";
 
@@ -43,7 +46,8 @@ pub(super) struct Table {
     name: String,
     create: String,
     now: String,
-    row: String,
+    /// Without the bytes, and with them.
+    row: [String; 2],
     look: String,
     insert: String,
     /// Without bytes and minute, with the minute, with the bytes, with both: what is not named is not written, nor its index.
@@ -59,16 +63,16 @@ impl Table {
     pub(super) fn new(name: &str) -> Self {
         let name = name.strip_prefix("main.").unwrap_or(name);
         let table = format!("\"{name}\"");
-        let meta: Vec<_> = COLUMNS.iter().copied().filter(|column| *column != "data").collect();
+        let meta = COLUMNS.iter().copied().filter(|column| *column != "data").collect::<Vec<_>>().join(", ");
         let update = |minute: bool, data: bool| {
-            let written = COLUMNS.iter().filter(|column| match **column {
+            let written = COLUMNS.iter().enumerate().filter(|(_, column)| match **column {
                 "id" => false,
                 "expires_minute" => minute,
                 "data" => data,
                 _ => true,
             });
-            let set: Vec<_> = written.map(|column| format!("{column} = :{column}")).collect();
-            format!("UPDATE main.{table} SET {} WHERE rowid = :number", set.join(", "))
+            let set: Vec<_> = written.map(|(n, column)| format!("{column} = ?{}", n + 1)).collect();
+            format!("UPDATE main.{table} SET {} WHERE rowid = ?{NUMBER}", set.join(", "))
         };
         let expired = "expires_at <= :now AND (lock_token IS NULL OR lock_until <= :now)";
         Self {
@@ -93,12 +97,14 @@ impl Table {
                 CREATE INDEX IF NOT EXISTS main.\"{name}_expires\" ON {table} (expires_minute);"
             ),
             now: format!("SELECT {NOW}"),
-            row: format!("SELECT rowid, data IS NOT NULL, {}, data FROM main.{table} WHERE id = :id", meta.join(", ")),
+            row: ["NULL", "data"].map(|bytes| {
+                format!("SELECT rowid, data IS NOT NULL, {meta}, {NOW}, {bytes} FROM main.{table} WHERE id = :id")
+            }),
             look: format!("SELECT write_id, expires_at - {NOW}, data FROM main.{table} WHERE id = :id"),
             insert: format!(
                 "INSERT INTO main.{table} ({}) VALUES ({})",
                 COLUMNS.join(", "),
-                COLUMNS.map(|column| format!(":{column}")).join(", ")
+                std::array::from_fn::<_, { COLUMNS.len() }, _>(|n| format!("?{}", n + 1)).join(", ")
             ),
             update: [update(false, false), update(true, false), update(false, true), update(true, true)],
             delete: format!("DELETE FROM main.{table} WHERE rowid = :number"),
@@ -187,9 +193,9 @@ impl Table {
         locked.collect()
     }
 
-    /// Reads a row as it stands, and its bytes if they are asked for.
-    fn row(&self, connection: &Connection, key: &str, bytes: bool) -> Result<(Row, Option<Vec<u8>>)> {
-        let mut select = connection.prepare_cached(&self.row)?;
+    /// Reads a row as it stands, its bytes if they are asked for, and the instant at which that is so.
+    fn row(&self, connection: &Connection, key: &str, bytes: bool) -> Result<Read> {
+        let mut select = connection.prepare_cached(&self.row[usize::from(bytes)])?;
         let found = select.query_row(named_params! { ":id": key }, |row| {
             let lock = match name(row, 6)? {
                 None => None,
@@ -211,10 +217,13 @@ impl Table {
             };
             let write_id = name(row, 3)?.map(WriteId::from_bytes);
             let (number, data, expires_at) = (row.get(0)?, row.get(1)?, row.get(4)?);
-            let bytes = if bytes && data { row.get(16)? } else { None };
-            Ok((Row { number, data, write_id, expires_at, lock, next }, bytes))
+            let before = Row { number, data, write_id, expires_at, lock, next };
+            Ok(Read { before, now: row.get(16)?, data: row.get(17)? })
         });
-        Ok(found.optional()?.unwrap_or_default())
+        match found.optional()? {
+            Some(read) => Ok(read),
+            None => Ok(Read { before: Row::default(), now: self.now(connection)?, data: None }),
+        }
     }
 
     /// Writes what has changed, and takes away a row that holds nothing any more.
@@ -238,34 +247,44 @@ impl Table {
             (Some(_), data) => &self.update[usize::from(moved) + 2 * usize::from(!matches!(data, Bytes::Same))],
         };
         let mut statement = connection.prepare_cached(text)?;
-        // Not every statement names every column.
-        let mut bind = |name: &str, value: &dyn rusqlite::ToSql| match statement.parameter_index(name)? {
-            Some(index) => statement.raw_bind_parameter(index, value),
-            None => Ok(()),
-        };
-        bind(":id", &key)?;
-        bind(":number", &row.number)?;
-        bind(":write_id", &write_id)?;
-        bind(":expires_at", &row.expires_at)?;
-        bind(":expires_minute", &minute)?;
-        bind(":lock_token", &token)?;
-        bind(":lock_until", &lock.map(|lock| lock.until))?;
-        bind(":lock_since", &lock.map(|lock| lock.since))?;
-        bind(":lock_lease", &lock.map(|lock| lock.lease))?;
-        bind(":lock_owner", &lock.and_then(|lock| lock.owner.as_deref()))?;
-        bind(":lock_process", &lock.and_then(|lock| lock.process))?;
-        bind(":lock_handed", &lock.map(|lock| lock.handed))?;
-        bind(":want_token", &wanted)?;
-        bind(":want_until", &next.map(|next| next.until))?;
-        bind(":want_process", &next.map(|next| next.process))?;
         let data = match data {
             Bytes::Are(bytes) => Some(bytes),
             Bytes::Same | Bytes::None => None,
         };
-        bind(":data", &data)?;
+        // In the order of the columns. Not every statement has all of them, but a number among those it has is no error.
+        let values: [&dyn ToSql; COLUMNS.len()] = [
+            &key,
+            &write_id,
+            &row.expires_at,
+            &minute,
+            &token,
+            &lock.map(|lock| lock.until),
+            &lock.map(|lock| lock.since),
+            &lock.map(|lock| lock.lease),
+            &lock.and_then(|lock| lock.owner.as_deref()),
+            &lock.and_then(|lock| lock.process),
+            &lock.map(|lock| lock.handed),
+            &wanted,
+            &next.map(|next| next.until),
+            &next.map(|next| next.process),
+            &data,
+        ];
+        for (n, value) in values.iter().enumerate() {
+            statement.raw_bind_parameter(n + 1, value)?;
+        }
+        if let Some(number) = row.number {
+            statement.raw_bind_parameter(NUMBER, number)?;
+        }
         statement.raw_execute()?;
         Ok(())
     }
+}
+
+/// A row that was read.
+struct Read {
+    before: Row,
+    now: i64,
+    data: Option<Vec<u8>>,
 }
 
 /// What becomes of the bytes of a record.
@@ -284,32 +303,31 @@ pub(super) enum Fitness {
     Foreign,
 }
 
-/// The connection inside a transaction that nobody else can write beside, and the instant at which it happens.
+/// The connection inside a transaction that nobody else can write beside.
 pub(super) struct Turn<'a> {
     pub(super) connection: &'a Connection,
     pub(super) table: &'a Table,
     pub(super) who: &'a Who,
     pub(super) strict: bool,
-    pub(super) now: i64,
 }
 
 impl Turn<'_> {
     /// Takes a lock; `gone` says of a process whether it has ended.
     pub(super) fn enter(&self, entry: &Enter, gone: impl Fn(i64) -> bool) -> Result<Entered> {
-        let (before, data) = self.table.row(self.connection, &entry.key, entry.want != Want::Lock)?;
+        let Read { before, now, data } = self.table.row(self.connection, &entry.key, entry.want != Want::Lock)?;
         let mut row = before.clone();
-        let answer = row.enter(entry, self.who, self.now, gone);
-        self.table.store(self.connection, &entry.key, &before, &row, Bytes::Same, self.now)?;
+        let answer = row.enter(entry, self.who, now, gone);
+        self.table.store(self.connection, &entry.key, &before, &row, Bytes::Same, now)?;
         Ok(match answer {
             Answer::Absent => Entered::Absent,
             Answer::Busy(busy) => Entered::Busy(busy),
             Answer::Granted { clean } => {
-                let found = match (entry.want, row.live(self.now), data) {
+                let found = match (entry.want, row.live(now), data) {
                     (Want::Lock, ..) => Found::Absent,
                     (_, Some(last), Some(data)) => {
-                        Found::Live { last, record: Record::new(data, Ttl::new(span(row.expires_at - self.now))) }
+                        Found::Live { last, record: Record::new(data, Ttl::new(span(row.expires_at - now))) }
                     }
-                    _ => row.trace(self.now).map_or(Found::Absent, |mark| Found::Buried { mark }),
+                    _ => row.trace(now).map_or(Found::Absent, |mark| Found::Buried { mark }),
                 };
                 Entered::Granted { found, clean }
             }
@@ -318,9 +336,9 @@ impl Turn<'_> {
 
     /// Answers without a transaction what would change nothing: who asks again and again disturbs nobody.
     pub(super) fn peek(&self, entry: &Enter, gone: impl Fn(i64) -> bool) -> Result<Option<Entered>> {
-        let (before, _) = self.table.row(self.connection, &entry.key, false)?;
+        let Read { before, now, .. } = self.table.row(self.connection, &entry.key, false)?;
         let mut row = before.clone();
-        let answer = row.enter(entry, self.who, self.now, gone);
+        let answer = row.enter(entry, self.who, now, gone);
         Ok(match answer {
             Answer::Absent if row == before => Some(Entered::Absent),
             Answer::Busy(busy) if row == before => Some(Entered::Busy(busy)),
@@ -329,56 +347,55 @@ impl Turn<'_> {
     }
 
     pub(super) fn change(&self, change: &Alter) -> Result<Verdict> {
-        let (before, _) = self.table.row(self.connection, &change.key, false)?;
+        let Read { before, now, .. } = self.table.row(self.connection, &change.key, false)?;
         let mut row = before.clone();
-        let verdict = row.change(change, self.who, self.strict, self.now);
+        let verdict = row.change(change, self.who, self.strict, now);
         let data = match &change.action {
             Action::Write { data, .. } if verdict == Verdict::Applied => Bytes::Are(data),
             _ => Bytes::Same,
         };
-        self.table.store(self.connection, &change.key, &before, &row, data, self.now)?;
+        self.table.store(self.connection, &change.key, &before, &row, data, now)?;
         Ok(verdict)
     }
 
     pub(super) fn remove(&self, removal: &Remove) -> Result<Option<Record>> {
-        let (before, data) = self.table.row(self.connection, &removal.key, true)?;
+        let Read { before, now, data } = self.table.row(self.connection, &removal.key, true)?;
         let mut row = before.clone();
-        row.remove(removal, self.now);
-        self.table.store(self.connection, &removal.key, &before, &row, Bytes::None, self.now)?;
-        let left = Ttl::new(span(before.expires_at - self.now));
-        Ok(data.filter(|_| before.live(self.now).is_some()).map(|data| Record::new(data, left)))
+        row.remove(removal, now);
+        self.table.store(self.connection, &removal.key, &before, &row, Bytes::None, now)?;
+        let left = Ttl::new(span(before.expires_at - now));
+        Ok(data.filter(|_| before.live(now).is_some()).map(|data| Record::new(data, left)))
     }
 
     pub(super) fn renew(&self, renewal: &Renew) -> Result<Renewed> {
-        self.keep(&renewal.key, |row| row.renew(renewal, self.strict, self.now))
+        self.keep(&renewal.key, |row, now| row.renew(renewal, self.strict, now))
     }
 
     pub(super) fn leave(&self, key: &str, token: LeaseToken, clean: bool) -> Result<()> {
-        self.keep(key, |row| row.leave(token, clean, self.now))
+        self.keep(key, |row, now| row.leave(token, clean, now))
     }
 
     pub(super) fn unlock(&self, key: &str) -> Result<bool> {
-        self.keep(key, |row| row.unlock(self.now))
+        self.keep(key, |row, now| row.unlock(now))
     }
 
     /// Changes a row but for its bytes.
-    fn keep<T>(&self, key: &str, change: impl FnOnce(&mut Row) -> T) -> Result<T> {
-        let (before, _) = self.table.row(self.connection, key, false)?;
+    fn keep<T>(&self, key: &str, change: impl FnOnce(&mut Row, i64) -> T) -> Result<T> {
+        let Read { before, now, .. } = self.table.row(self.connection, key, false)?;
         let mut row = before.clone();
-        let outcome = change(&mut row);
-        self.table.store(self.connection, key, &before, &row, Bytes::Same, self.now)?;
+        let outcome = change(&mut row, now);
+        self.table.store(self.connection, key, &before, &row, Bytes::Same, now)?;
         Ok(outcome)
     }
 
-    /// Frees rows whose time is over, for a short time; says how many, and how many of them were records.
     /// Frees expired records, or what is left of others.
     pub(super) fn gc(&self, records: bool, limit: u32) -> Result<Freed> {
-        let began = Instant::now();
+        let (began, now) = (Instant::now(), self.table.now(self.connection)?);
         let mut gc = self.connection.prepare_cached(&self.table.gc[usize::from(records)])?;
         let mut all = Freed { rows: 0, done: false };
         while !all.done && all.rows < limit && began.elapsed() < TURN {
             let asked = PIECE.min(limit - all.rows);
-            let freed = gc.execute(named_params! { ":now": self.now, ":limit": asked })?;
+            let freed = gc.execute(named_params! { ":now": now, ":limit": asked })?;
             let freed = u32::try_from(freed).unwrap_or(asked);
             all.rows += freed;
             all.done = freed < asked;
