@@ -29,6 +29,7 @@ mod handler;
 mod lock;
 #[cfg(feature = "mysql")]
 mod mysql;
+mod plain;
 #[cfg(feature = "postgres")]
 mod postgres;
 #[cfg(feature = "sqlite")]
@@ -41,3 +42,5 @@ pub use config::Durability;
 pub use config::{SqlAddress, SqlConfig, SqlLockMode, SqlServer};
 pub use handler::SqlHandler;
 pub use lock::SqlLock;
+#[doc(hidden)]
+pub use plain::{Statement, uncontended};

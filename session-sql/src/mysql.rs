@@ -23,6 +23,7 @@ use crate::database::{
     Action, Alter, Busy, Database, Enter, Entered, Failure, Listed, Locked, Owner, REMEMBER, Remove, Renew, Waiter, holder,
     millis, span,
 };
+use crate::plain::Statement;
 use crate::transaction::Transactions;
 use anchor::Anchor;
 use batch::Batch;
@@ -87,6 +88,17 @@ pub(crate) async fn connect(address: &SqlAddress, config: &SqlConfig, owner: Own
 /// Uses the connections of a pool.
 pub(crate) fn over(pool: MySqlPool, config: &SqlConfig, owner: Owner) -> Arc<dyn Database> {
     Arc::new(MySql::new(Link::lent(pool, config.timeout), config, owner))
+}
+
+/// Returns what an uncontended cycle sends: the open as one text in which the values stand, and the save.
+pub(crate) fn uncontended(config: &SqlConfig) -> [Statement; 2] {
+    let texts = Texts::new(&config.table);
+    let access = if config.strict_expiry { Access::Strict } else { Access::Exclusive };
+    let statement = |texts: &[&texts::Text]| Statement {
+        sql: texts.iter().map(|text| &*text.sql).collect::<Vec<_>>().join(";"),
+        values: texts.iter().flat_map(|text| &text.params).map(|param| param.name()).collect(),
+    };
+    [statement(&[texts.take(true, true, false), texts.seen(true)]), statement(&[texts.change(true, access, true)])]
 }
 
 impl MySql {

@@ -29,6 +29,7 @@ use crate::database::{
     Action, Alter, Busy, Database, Enter, Entered, Failure, Listed, Locked, Owner, Remove, Renew, Waiter, holder, millis,
     span,
 };
+use crate::plain::Statement;
 use crate::transaction::Transactions;
 use listener::{Leave, Listener};
 use server::{Parameters, Server, bytes, field, list};
@@ -94,6 +95,17 @@ fn set_up(connection: &mut PgConnection) -> std::pin::Pin<Box<dyn Future<Output 
 fn quoted(table: &str) -> String {
     // Checked to have no sign that would have to be quoted in turn.
     table.split('.').map(|part| format!("\"{part}\"")).collect::<Vec<_>>().join(".")
+}
+
+/// Returns the two statements of an uncontended cycle, and what [`enter_one`](Postgres::enter_one) and
+/// [`change_one`](Postgres::change_one) give to them.
+pub(crate) fn uncontended(config: &SqlConfig) -> [Statement; 2] {
+    let statements = Statements::new(&quoted(&config.table), millis(config.timeout / 2), config.strict_expiry);
+    let [open, save] = [statements.enter_existing, statements.change_one[1][1].clone()].map(|sql| sql.as_str().to_owned());
+    [
+        Statement { sql: open, values: vec!["key", "token", "lease", "owner", "process"] },
+        Statement { sql: save, values: vec!["key", "prev", "token", "ttl", "write", "data"] },
+    ]
 }
 
 impl Postgres {

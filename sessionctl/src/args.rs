@@ -150,11 +150,12 @@ pub(crate) enum Command {
     ///   handover_tasks
     ///              the same between two tasks of one process
     ///
-    ///   many_vs_few, during_gc_vs_before
+    ///   many_vs_few, during_gc_vs_without
     ///              with --rows: a cycle in a table of many sessions beside one in a table of few; of 16
-    ///              tasks while those that have expired are collected, beside the same before that
-    ///   longest_before_gc, longest_during_gc
-    ///              with --rows: the longest cycle of these
+    ///              tasks while those that have expired are collected, beside the same for as long
+    ///              after that
+    ///   p999_during_gc, p999_without_gc, longest_during_gc, longest_without_gc
+    ///              with --rows: the slowest cycle in a thousand of these, and the slowest of all
     ///   gc_batch   with --rows: what it takes to collect up to 1,000
     ///
     /// The ratio is the cycles of a line divided by the cycles beside it: the floor's, except in the

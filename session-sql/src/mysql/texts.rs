@@ -101,6 +101,12 @@ const PARAMS: [(&str, Param); 17] = [
     ("limit", Param::Limit),
 ];
 
+impl Param {
+    pub(super) fn name(self) -> &'static str {
+        PARAMS.iter().find(|(_, known)| *known == self).map_or("", |(name, _)| name)
+    }
+}
+
 /// A statement with places for what it is given.
 #[derive(Debug)]
 pub(super) struct Text {

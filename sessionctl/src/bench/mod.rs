@@ -295,20 +295,28 @@ impl<'a> Arena<'a> {
                 ..self.waits("many_vs_few", beside.tasks, beside.waits)
             });
         }
-        let rows::Collecting { tasks, freed, before, during, batches } = rows::collect(&many).await?;
+        let rows::Collecting { tasks, freed, during, without, batches } = rows::collect(&many).await?;
         if freed < u64::from(rows.get() / 10) {
             return Err(Failure::no("collecting left behind what had expired"));
         }
-        let longest = |round: &Round| round.waits.iter().max().map_or_else(Vec::new, |wait| vec![*wait]);
-        let (before_longest, during_longest) = (longest(&before), longest(&during));
+        let slowest = |round: &Round, share: f64| {
+            let mut waits = round.waits.clone();
+            waits.sort_unstable();
+            quantile(&waits, share).map_or_else(Vec::new, |wait| vec![wait])
+        };
+        let slow = [
+            ("p999_during_gc", slowest(&during, 0.999)),
+            ("p999_without_gc", slowest(&without, 0.999)),
+            ("longest_during_gc", slowest(&during, 1.0)),
+            ("longest_without_gc", slowest(&without, 1.0)),
+        ];
         measured.push(Measurement {
             cycles_per_s: Some(round(during.cycles_per_s(), 1)),
-            floor_cycles_per_s: Some(round(before.cycles_per_s(), 1)),
-            ratio: Some(four_digits(during.cycles_per_s() / before.cycles_per_s())),
-            ..self.waits("during_gc_vs_before", tasks, during.waits)
+            floor_cycles_per_s: Some(round(without.cycles_per_s(), 1)),
+            ratio: Some(four_digits(during.cycles_per_s() / without.cycles_per_s())),
+            ..self.waits("during_gc_vs_without", tasks, during.waits)
         });
-        measured.push(self.waits("longest_before_gc", tasks, before_longest));
-        measured.push(self.waits("longest_during_gc", tasks, during_longest));
+        measured.extend(slow.map(|(what, waits)| self.waits(what, tasks, waits)));
         measured.push(self.waits("gc_batch", 1, batches));
         Ok(measured)
     }

@@ -1,26 +1,21 @@
 //! What the number of stored sessions costs: a cycle beside many of them and beside few, and beside the collecting of those that
 //! have expired.
 //!
-//! Each number has a table of its own, made and dropped here. What is stored goes through the handler.
+//! Each number has a table of its own, made and dropped here.
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use session_core::{Change, Expect, OpenRequest, Record, SessionHandler, SessionId, Ttl, WriteId};
-use tokio::task::JoinSet;
+use session_core::SessionHandler;
 
-use crate::bench::ours::{HandlerCycle, LEASE, TTL};
-use crate::bench::{Round, median};
+use crate::bench::ours::HandlerCycle;
+use crate::bench::{Round, median, sql};
 use crate::failure::Failure;
 use crate::store::PAGE;
 
 /// What is few.
 const FEW: u32 = 1000;
-
-/// How many store at the same time.
-const HANDS: usize = 128;
 
 /// Who works while others are collected.
 const AT_WORK: usize = 16;
@@ -40,8 +35,8 @@ pub(super) struct Beside {
 pub(super) struct Collecting {
     pub(super) tasks: usize,
     pub(super) freed: u64,
-    pub(super) before: Round,
     pub(super) during: Round,
+    pub(super) without: Round,
     pub(super) batches: Vec<u32>,
 }
 
@@ -52,34 +47,12 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// Stores `count` sessions, of which `expired` have no life left when it returns.
+    /// Stores `count` sessions, of which `expired` have no life left.
     pub(super) async fn fill(dsn: &str, count: u32, expired: u32, payload: usize) -> Result<Self, Failure> {
+        // The handler makes the table.
         let this = Self { handler: sessionkit::handler(dsn).await?, payload };
-        this.store(expired, Duration::from_secs(1)).await?;
-        // Longer than the bench takes.
-        this.store(count - expired, 24 * TTL).await?;
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        sql::fill(dsn, count, expired, payload).await?;
         Ok(this)
-    }
-
-    async fn store(&self, count: u32, ttl: Duration) -> Result<(), Failure> {
-        let (mut hands, left) = (JoinSet::new(), Arc::new(AtomicU32::new(count)));
-        for _ in 0..HANDS {
-            let (handler, payload, left) = (self.handler.clone(), self.payload, left.clone());
-            hands.spawn(async move {
-                while left.try_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
-                    let request = OpenRequest::exclusive(LEASE, LEASE).expecting(Expect::Fresh);
-                    let mut open = handler.open(&SessionId::generate()?, &request).await?;
-                    let record = Record::new(vec![b'x'; payload], Ttl::new(ttl));
-                    open.save(&Change::Write(record), WriteId::random()?).await?;
-                }
-                Ok::<_, session_core::Error>(())
-            });
-        }
-        while let Some(ended) = hands.join_next().await {
-            ended.expect("storing does not panic")?;
-        }
-        Ok(())
     }
 
     async fn cycle(&self, tasks: usize) -> Result<HandlerCycle, Failure> {
@@ -113,11 +86,11 @@ pub(super) async fn compare(
     Ok(Beside { tasks, few, many, waits })
 }
 
-/// Lets cycles run while what has expired is collected, and for as long before that.
+/// Lets cycles run while what has expired is collected, and as long again without: a database has cycles that take long at all
+/// times.
 pub(super) async fn collect(many: &Table) -> Result<Collecting, Failure> {
     let cycle = many.cycle(AT_WORK).await?;
     cycle.run(STRETCH).await?;
-    let before = cycle.run(10 * STRETCH).await?;
     let handler = many.handler.clone();
     let collector = tokio::spawn(async move {
         let (mut freed, mut batches) = (0, Vec::new());
@@ -130,12 +103,18 @@ pub(super) async fn collect(many: &Table) -> Result<Collecting, Failure> {
             batches.push(Round::nanos(began.elapsed()));
         }
     });
-    let mut stretches = Vec::new();
+    let mut during = Vec::new();
     while !collector.is_finished() {
-        stretches.push(cycle.run(STRETCH).await?);
+        during.push(cycle.run(STRETCH).await?);
     }
     let (freed, batches) = collector.await.expect("collecting does not panic")?;
-    Ok(Collecting { tasks: AT_WORK, freed, before, during: Round::join(stretches), batches })
+    // What the last of it has left the database to write is no part of the time without.
+    tokio::time::sleep(5 * STRETCH).await;
+    let mut without = Vec::new();
+    for _ in 0..during.len() {
+        without.push(cycle.run(STRETCH).await?);
+    }
+    Ok(Collecting { tasks: AT_WORK, freed, during: Round::join(during), without: Round::join(without), batches })
 }
 
 /// How many there are in the two tables.

@@ -49,25 +49,8 @@ impl PlainCycle {
         let id = || Ok(format!("{}{}", config.prefix, SessionId::generate()?.as_str()));
         let keys = (0..tasks).map(|_| id()).collect::<session_core::Result<Arc<[_]>>>()?;
         let lines = tasks.min(config.connections() as usize);
-        let data = vec![b'x'; payload];
-        let database = match &config.server {
-            SqlServer::Postgres(address) => {
-                let plain = postgres::Plain::connect(address, &config.table, lines).await.map_err(failed)?;
-                plain.fill(&keys, &data).await?;
-                Database::Postgres(Arc::new(plain))
-            }
-            SqlServer::MySql(address) => {
-                let plain = mysql::Plain::connect(address, &config.table, lines).await.map_err(failed)?;
-                plain.fill(&keys, &data).await?;
-                Database::MySql(Arc::new(plain))
-            }
-            SqlServer::Sqlite(path) => {
-                let plain = sqlite::Plain::open(path, &config.table, synced(dsn)?).map_err(failed)?;
-                plain.fill(&keys, &data).map_err(failed)?;
-                Database::Sqlite(Arc::new(plain))
-            }
-            _ => return Err(Failure::usage("there is no plain program for this database")),
-        };
+        let database = Database::connect(dsn, &config, lines).await?;
+        database.fill(&keys, &vec![b'x'; payload], millis(TTL)).await?;
         Ok(Self { program, database, keys })
     }
 
@@ -118,15 +101,81 @@ impl PlainCycle {
     }
 }
 
+impl Database {
+    async fn connect(dsn: &str, config: &SqlConfig, lines: usize) -> Result<Self, Failure> {
+        Ok(match &config.server {
+            SqlServer::Postgres(address) => {
+                let plain = postgres::Plain::connect(address, config, lines).await.map_err(failed)?;
+                Self::Postgres(Arc::new(plain))
+            }
+            SqlServer::MySql(address) => {
+                let plain = mysql::Plain::connect(address, config, lines).await.map_err(failed)?;
+                Self::MySql(Arc::new(plain))
+            }
+            SqlServer::Sqlite(path) => {
+                let plain = sqlite::Plain::open(path, &config.table, synced(dsn)?).map_err(failed)?;
+                Self::Sqlite(Arc::new(plain))
+            }
+            _ => return Err(Failure::usage("there is no plain program for this database")),
+        })
+    }
+
+    /// Stores a record under each key, with so many milliseconds left to live.
+    async fn fill(&self, keys: &[String], data: &[u8], left: i64) -> Result<(), Failure> {
+        match self {
+            Self::Postgres(plain) => plain.fill(keys, data, left).await?,
+            Self::MySql(plain) => plain.fill(keys, data, left).await?,
+            Self::Sqlite(plain) => plain.fill(keys, data, left).map_err(failed)?,
+        }
+        Ok(())
+    }
+}
+
+/// How many records are stored by one statement.
+const AT_ONCE: usize = 1000;
+
+/// Stores `count` records in a table of ours. Those that have `expired` are spread among the others, as gc finds them.
+///
+/// A million of them through the handler, in the order in which ids come, take a server with little memory longer than all that is
+/// measured; in the order of their ids they take seconds.
+pub(super) async fn fill(dsn: &str, count: u32, expired: u32, payload: usize) -> Result<(), Failure> {
+    let config = SqlConfig::from_dsn(&Dsn::parse(dsn)?)?;
+    let database = Database::connect(dsn, &config, 1).await?;
+    let id = || Ok(format!("{}{}", config.prefix, SessionId::generate()?.as_str()));
+    let mut keys = (0..count).map(|_| id()).collect::<session_core::Result<Vec<_>>>()?;
+    keys.sort_unstable();
+    let data = vec![b'x'; payload];
+    let mut over = 0;
+    for keys in keys.chunks(AT_ONCE) {
+        let (mut old, mut live) = (Vec::new(), Vec::new());
+        for key in keys {
+            over += u64::from(expired);
+            if over >= u64::from(count) {
+                over -= u64::from(count);
+                old.push(key.clone());
+            } else {
+                live.push(key.clone());
+            }
+        }
+        // The live ones outlive the bench.
+        for (keys, left) in [(old, -millis(TTL)), (live, 24 * millis(TTL))] {
+            if !keys.is_empty() {
+                database.fill(&keys, &data, left).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Drops the table of a DSN.
 pub(crate) async fn drop_table(dsn: &str) -> Result<(), Failure> {
     let config = SqlConfig::from_dsn(&Dsn::parse(dsn)?)?;
     match &config.server {
         SqlServer::Postgres(address) => {
-            postgres::Plain::connect(address, &config.table, 1).await.map_err(failed)?.drop_table().await?;
+            postgres::Plain::connect(address, &config, 1).await.map_err(failed)?.drop_table().await?;
         }
         SqlServer::MySql(address) => {
-            mysql::Plain::connect(address, &config.table, 1).await.map_err(failed)?.drop_table().await?;
+            mysql::Plain::connect(address, &config, 1).await.map_err(failed)?.drop_table().await?;
         }
         SqlServer::Sqlite(path) => {
             sqlite::Plain::open(path, &config.table, false).and_then(|plain| plain.drop_table()).map_err(failed)?;

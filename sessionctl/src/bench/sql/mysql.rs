@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 
 use futures_core::Stream;
-use session_core::Result;
-use sessionkit::sql::SqlAddress;
+use session_core::{Error, ErrorKind, Result};
+use sessionkit::sql::{SqlAddress, SqlConfig, Statement, uncontended};
 use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlRow};
 use sqlx::{AssertSqlSafe, ConnectOptions, Either, Executor, Row, SqlSafeStr, SqlStr};
 
@@ -13,49 +13,28 @@ use super::{LEASE, Lines, Program, TTL, endpoint, failed, lost, millis, name, ow
 /// The clock, as ours asks it.
 const NOW: &str = "(TIMESTAMPDIFF(MICROSECOND,'1970-01-01',UTC_TIMESTAMP(6)) DIV 1000)";
 
-/// What an uncontended open of ours sends, as one text with the values in it, because no database of this kind returns what an UPDATE
-/// has left: it takes the lock, and reads the record if it has it.
-const OPEN: &str = "UPDATE {t} SET \
-    expires_minute=IF(data IS NOT NULL,IF(expires_at>{now},GREATEST(expires_at,{now}+2*{lease}),expires_at),\
-        IF(write_id IS NULL,{now}+{lease}+60000,expires_at)) DIV 60000,\
-    expires_at=IF(data IS NOT NULL,IF(expires_at>{now},GREATEST(expires_at,{now}+2*{lease}),expires_at),\
-        IF(write_id IS NULL,{now}+{lease}+60000,expires_at)),\
-    lock_handed=IF(lock_token<=>{token},lock_handed,0),\
-    want_process=IF(want_token<=>{token},NULL,want_process),want_until=IF(want_token<=>{token},NULL,want_until),\
-    want_token=IF(want_token<=>{token},NULL,want_token),\
-    lock_since={now},lock_until={now}+{lease},lock_lease={lease},lock_owner={owner},lock_process=1,lock_token={token} \
-    WHERE id={key} AND (data IS NOT NULL AND expires_at>{now}) AND \
-    ((lock_token IS NULL OR lock_until<={now}) AND (want_token IS NULL OR want_until<={now} OR want_token={token}) OR lock_token={token});\
-    SELECT lock_token<=>{token},lock_handed,(data IS NOT NULL AND expires_at>{now}),\
-    IF(lock_token<=>{token} AND (data IS NOT NULL AND expires_at>{now}),data,NULL),write_id,expires_at-{now},data IS NOT NULL,lock_owner,\
-    lock_since,lock_until-{now},want_token<=>{token} FROM {t} WHERE id={key}";
-
-/// What an uncontended save of ours sends, prepared: it writes if the record is still the one that was read, and gives the lock back,
-/// to the one next in line if there is one.
-const SAVE: &str = "UPDATE {t} SET data=?,write_id=?,expires_minute=({now}+?) DIV 60000,expires_at={now}+?,\
-    lock_owner=NULL,lock_process=NULL,lock_handed=IF(want_until>{now},lock_token<=>?,0),\
-    lock_since=IF(want_until>{now},{now},NULL),lock_lease=IF(want_until>{now},lock_lease,NULL),\
-    lock_until=IF(want_until>{now},{now}+1000,NULL),lock_token=IF(want_until>{now},want_token,NULL),\
-    want_token=NULL,want_process=NULL,want_until=NULL \
-    WHERE id=? AND write_id=? AND (data IS NOT NULL AND expires_at>{now}) AND (lock_token=? OR (lock_token IS NULL OR lock_until<={now}))";
-
 const READ: &str = "SELECT data FROM {t} WHERE id=?";
 
 const WRITE: &str = "UPDATE {t} SET data=?,expires_minute=({now}+?) DIV 60000,expires_at={now}+? WHERE id=?";
 
-const FILL: &str = "INSERT INTO {t} (id,data,write_id,expires_at,expires_minute) VALUES (?,?,?,{now}+?,({now}+?) DIV 60000)";
+const FILL: &str = "SET @data={data};INSERT INTO {t} (id,data,write_id,expires_at,expires_minute) VALUES ";
+
+const FILLED: &str = "({key},@data,{write},{now}+{left},({now}+{left}) DIV 60000)";
 
 /// What ours sets on each connection.
 const SETUP: &str = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED;SET SESSION autocommit=1";
 
 pub(super) struct Plain {
     lines: Lines<MySqlConnection>,
-    /// With names in braces for what each open writes into it.
-    open: String,
-    save: SqlStr,
+    /// What an uncontended open of ours sends, as one text with the values in it, because no database of this kind returns what an
+    /// UPDATE has left: it takes the lock, and reads the record if it has it.
+    open: Statement,
+    /// What an uncontended save of ours sends, prepared: it writes if the record is still the one that was read, and gives the lock
+    /// back.
+    save: (SqlStr, Vec<&'static str>),
     read: SqlStr,
     write: SqlStr,
-    fill: SqlStr,
+    fill: String,
     remove: SqlStr,
     drop: SqlStr,
 }
@@ -65,7 +44,7 @@ fn sql(text: &str) -> SqlStr {
 }
 
 impl Plain {
-    pub(super) async fn connect(address: &SqlAddress, table: &str, lines: usize) -> sqlx::Result<Self> {
+    pub(super) async fn connect(address: &SqlAddress, config: &SqlConfig, lines: usize) -> sqlx::Result<Self> {
         let (host, port) = endpoint(address, 3306);
         let mut options = MySqlConnectOptions::new().host(host).port(port).database(&address.database);
         if let Some(socket) = &address.socket {
@@ -85,22 +64,23 @@ impl Plain {
             connection.execute(sqlx::raw_sql(SETUP)).await?;
             connections.push(connection);
         }
-        let table = table.split('.').map(|part| format!("`{part}`")).collect::<Vec<_>>().join(".");
-        let [open, save, read, write, fill, remove] = [OPEN, SAVE, READ, WRITE, FILL, "DELETE FROM {t} WHERE id=?"]
-            .map(|text| text.replace("{t}", &table).replace("{now}", NOW));
-        let open = open.replace("{lease}", &millis(LEASE).to_string()).replace("{owner}", &literal(owner().as_bytes()));
-        let [save, read, write, fill, remove] = [save, read, write, fill, remove].map(|text| sql(&text));
+        let table = config.table.split('.').map(|part| format!("`{part}`")).collect::<Vec<_>>().join(".");
+        let [read, write, fill, remove] =
+            [READ, WRITE, FILL, "DELETE FROM {t} WHERE id=?"].map(|text| text.replace("{t}", &table).replace("{now}", NOW));
+        let [open, save] = uncontended(config).expect("there are statements for this database");
+        let save = (sql(&save.sql), save.values);
+        let [read, write, remove] = [read, write, remove].map(|text| sql(&text));
         let drop = sql(&format!("DROP TABLE {table}"));
         Ok(Self { lines: Lines::new(connections), open, save, read, write, fill, remove, drop })
     }
 
-    pub(super) async fn fill(&self, keys: &[String], data: &[u8]) -> Result<()> {
-        let write = name()?;
-        for key in keys {
-            let fill = sqlx::query(self.fill.clone()).bind(key.as_bytes()).bind(data).bind(&write[..]);
-            let fill = fill.bind(millis(TTL)).bind(millis(TTL));
-            fill.execute(self.lines.take().await.connection()).await.map_err(failed)?;
-        }
+    pub(super) async fn fill(&self, keys: &[String], data: &[u8], left: i64) -> Result<()> {
+        let filled =
+            FILLED.replace("{now}", NOW).replace("{write}", &literal(&name()?)).replace("{left}", &left.to_string());
+        let rows: Vec<_> = keys.iter().map(|key| filled.replace("{key}", &literal(key.as_bytes()))).collect();
+        let fill = self.fill.replace("{data}", &literal(data)) + rows.join(",").as_str();
+        let mut line = self.lines.take().await;
+        line.connection().execute(sqlx::raw_sql(AssertSqlSafe(fill))).await.map_err(failed)?;
         Ok(())
     }
 
@@ -113,7 +93,19 @@ impl Plain {
 
     async fn locked(&self, key: &str) -> Result<()> {
         let token = name()?;
-        let open = self.open.replace("{token}", &literal(&token)).replace("{key}", &literal(key.as_bytes()));
+        let mut open = String::with_capacity(2 * self.open.sql.len());
+        for (n, text) in self.open.sql.split('?').enumerate() {
+            match n.checked_sub(1).map(|n| self.open.values[n]) {
+                None => {}
+                Some("key") => open += &literal(key.as_bytes()),
+                Some("token") => open += &literal(&token),
+                Some("lease") => open += &millis(LEASE).to_string(),
+                Some("owner") => open += &literal(owner().as_bytes()),
+                Some("alive") => open += "1",
+                Some(other) => return Err(unknown(other)),
+            }
+            open += text;
+        }
         let mut line = self.lines.take().await;
         let row = last_row(line.connection().fetch_many(sqlx::raw_sql(AssertSqlSafe(open)))).await.map_err(failed)?;
         drop(line);
@@ -125,8 +117,18 @@ impl Plain {
         let prev: Vec<u8> = row.try_get_unchecked(4).map_err(failed)?;
         data[0] = data[0].wrapping_add(1);
         let write = name()?;
-        let save = sqlx::query(self.save.clone()).bind(data).bind(&write[..]).bind(millis(TTL)).bind(millis(TTL));
-        let save = save.bind(&token[..]).bind(key.as_bytes()).bind(prev).bind(&token[..]);
+        let (mut save, ttl) = (sqlx::query(self.save.0.clone()), millis(TTL));
+        for value in &self.save.1 {
+            save = match *value {
+                "data" => save.bind(&data),
+                "write" => save.bind(&write[..]),
+                "ttl" => save.bind(ttl),
+                "token" => save.bind(&token[..]),
+                "key" => save.bind(key.as_bytes()),
+                "prev" => save.bind(&prev),
+                other => return Err(unknown(other)),
+            };
+        }
         match save.execute(self.lines.take().await.connection()).await.map_err(failed)?.rows_affected() {
             1 => Ok(()),
             _ => Err(lost()),
@@ -169,6 +171,14 @@ async fn last_row<D>(stream: impl Stream<Item = sqlx::Result<Either<D, MySqlRow>
         }
     }
     Ok(last)
+}
+
+fn unknown(value: &str) -> Error {
+    Error::new(
+        ErrorKind::Unexpected,
+        "bench",
+        format!("a statement of ours is given {value}, which a plain program does not have"),
+    )
 }
 
 /// Writes bytes as a literal, as ours does it.

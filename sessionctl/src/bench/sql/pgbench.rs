@@ -10,7 +10,7 @@ use sessionkit::sql::{SqlConfig, SqlServer};
 use tempfile::TempDir;
 use tokio::process::Command;
 
-use super::postgres::{OPEN, Plain, SAVE, filled, quoted};
+use super::postgres::{Plain, ours};
 use super::{LEASE, TTL, endpoint, failed, millis, owner};
 use crate::bench::Round;
 use crate::failure::Failure;
@@ -53,10 +53,10 @@ impl Pgbench {
         let clients = tasks.min(config.connections() as usize);
         let base = format!("{}{}-", config.prefix, SessionId::generate()?.as_str());
         let keys: Vec<_> = (0..clients).map(|client| format!("{base}{client}")).collect();
-        let plain = Plain::connect(address, &config.table, 1).await.map_err(failed)?;
-        plain.fill(&keys, &vec![b'x'; payload]).await?;
+        let plain = Plain::connect(address, &config, 1).await.map_err(failed)?;
+        plain.fill(&keys, &vec![b'x'; payload], millis(TTL)).await?;
         let directory = tempfile::tempdir().map_err(Failure::local("make a directory for the script of pgbench"))?;
-        std::fs::write(directory.path().join("script"), script(&config.table, &base))
+        std::fs::write(directory.path().join("script"), script(ours(&config).map_err(failed)?, &base))
             .map_err(Failure::local("write the script of pgbench"))?;
         Ok(Some(Self { program, plain, keys, directory, cycles: AtomicU64::new(FIRST), config }))
     }
@@ -117,29 +117,31 @@ impl Pgbench {
 }
 
 /// Writes the two statements as pgbench reads them. It knows numbers and text, of which the server makes what is needed.
-fn script(table: &str, base: &str) -> String {
+fn script([open, save]: [String; 2], base: &str) -> String {
     let sixteen = |name: &str| format!("decode(lpad(to_hex(:{name}::int8), 32, '0'), 'hex')");
     // In digits, because it takes every word behind a colon for a variable, in quotes, too.
-    let base = base.bytes().fold(String::new(), |digits, byte| digits + &format!("{byte:02x}"));
+    let base = base.bytes().fold(String::new(), |digits, byte| digits + format!("{byte:02x}").as_str());
     let (key, token) = (format!("(convert_from('\\x{base}', 'UTF8') || :client_id)"), sixteen("token"));
-    let fill = |text: &str, values: [&str; 6]| {
-        let filled = filled(text, &quoted(table));
-        values.iter().enumerate().fold(filled, |text, (n, value)| text.replace(&format!("${}", n + 1), value))
+    let fill = |text: String, values: [&str; 6]| {
+        values.iter().enumerate().fold(text, |text, (n, value)| text.replace(&format!("${}", n + 1), value))
     };
     let (lease, ttl) = (format!("{}::int8", millis(LEASE)), format!("{}::int8", millis(TTL)));
-    let open = fill(OPEN, [&key, &token, &lease, &format!("'{}'", owner()), "1", ""]);
-    let save = fill(SAVE, [&key, ":open_write_id::bytea", &token, &ttl, &sixteen("write"), ":open_data::bytea"]);
+    let open = fill(open, [&key, &token, &lease, &format!("'{}'", owner()), "1", ""]);
+    let save = fill(save, [&key, ":open_write_id::bytea", &token, &ttl, &sixteen("write"), ":open_data::bytea"]);
     let name = "random(1, 9000000000000000000)";
     format!("\\set token {name}\n\\set write {name}\n{open}\n\\gset open_\n{save};\n")
 }
 
 #[cfg(test)]
 mod tests {
+    use sessionkit::sql::SqlAddress;
+
     use super::*;
 
     #[test]
     fn the_script_has_a_value_in_every_place() {
-        let script = script("app.sessions", "p:id-");
+        let config = SqlConfig::new(SqlServer::Postgres(SqlAddress::default())).with_table("app.sessions");
+        let script = script(ours(&config).unwrap(), "p:id-");
         assert!(!script.contains('$') && !script.contains('{'), "{script}");
         assert!(
             script.contains("\"app\".\"sessions\"") && script.contains("'\\x703a69642d'") && !script.contains("p:id"),

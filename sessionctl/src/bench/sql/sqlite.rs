@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rusqlite::{Connection, Result, params};
+use rusqlite::{Connection, Result, TransactionBehavior, params};
 
 use super::{LEASE, Program, TTL, failed, lost, millis, name, owner};
 use crate::bench::Round;
@@ -55,12 +55,13 @@ impl Plain {
         Ok(Self { connection: Mutex::new(connection), synced, open, save, read, write, fill, remove, drop })
     }
 
-    pub(super) fn fill(&self, keys: &[String], data: &[u8]) -> std::result::Result<(), rusqlite::Error> {
-        let connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(super) fn fill(&self, keys: &[String], data: &[u8], left: i64) -> Result<()> {
+        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         for key in keys {
-            connection.execute(&self.fill, params![key, data, [0_u8; 16], millis(TTL)])?;
+            transaction.prepare_cached(&self.fill)?.execute(params![key, data, [0_u8; 16], left])?;
         }
-        Ok(())
+        transaction.commit()
     }
 
     pub(super) fn run(&self, program: Program, keys: &[String], length: Duration) -> session_core::Result<Round> {
