@@ -5,6 +5,12 @@
 //!
 //! With [`SqlLockMode::Transaction`] (`lock=transaction`, PostgreSQL and MySQL or MariaDB) an open transaction holds a row lock beside
 //! it, so that the database itself wakes who waits, and frees the sessions of a process that died at once.
+//!
+//! | | PostgreSQL 12 | MySQL 8.0, MariaDB 10.5 | SQLite |
+//! |---|---|---|---|
+//! | who waits is | told, by `NOTIFY` | asking again, one task for each session and process | in line, between processes too |
+//! | a process that was killed is known by | an advisory lock on a connection of its own | `GET_LOCK` on one | a lock of the kernel on a file beside |
+//! | elsewhere than on one server | behind a pooler that changes servers, such as PgBouncer 1.21 in transaction mode, who waits asks again (`wake=poll` says so from the start), and a killed holder keeps others out until his lease ends | on Galera and others that have several servers to write to, a killed holder keeps others out until his lease ends | a file that several machines share is not for SQLite |
 
 #![cfg_attr(
     not(any(feature = "postgres", feature = "mysql", feature = "sqlite")),
