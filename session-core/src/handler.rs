@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::num::NonZeroU32;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -405,8 +406,19 @@ pub trait SessionAdmin: fmt::Debug + Send + Sync {
 #[async_trait]
 #[deny(clippy::missing_trait_methods)]
 impl<T: SessionHandler + ?Sized> SessionHandler for Arc<T> {
-    async fn open(&self, id: &SessionId, request: &OpenRequest) -> Result<Box<dyn OpenSession>> {
-        (**self).open(id, request).await
+    // Written out, because an `async fn` would put one future into another, on the way of every opening.
+    fn open<'a, 'b, 'c, 'f>(
+        &'a self,
+        id: &'b SessionId,
+        request: &'c OpenRequest,
+    ) -> Pin<Box<dyn Future<Output = Result<Box<dyn OpenSession>>> + Send + 'f>>
+    where
+        'a: 'f,
+        'b: 'f,
+        'c: 'f,
+        Self: 'f,
+    {
+        (**self).open(id, request)
     }
 
     async fn gc(&self, limit: NonZeroU32) -> Result<u64> {

@@ -52,6 +52,9 @@ pub struct FileConfig {
     pub io: Io,
     /// The longest payload that is stored, in bytes.
     pub max_bytes: usize,
+    /// How many files of sessions that nobody uses stay open, each for a second at most, so that the next request of the same
+    /// visitor need not open it again; 0 for none. Never more than a sixteenth of the descriptors that the process may have.
+    pub keep_open: usize,
 }
 
 impl Default for FileConfig {
@@ -63,6 +66,7 @@ impl Default for FileConfig {
             durability: Durability::default(),
             io: Io::default(),
             max_bytes: Self::DEFAULT_MAX_BYTES,
+            keep_open: Self::DEFAULT_KEEP_OPEN,
         }
     }
 }
@@ -70,11 +74,15 @@ impl Default for FileConfig {
 impl FileConfig {
     /// The default of [`max_bytes`](Self::max_bytes): 16 MiB.
     pub const DEFAULT_MAX_BYTES: usize = 16 << 20;
+    /// The default of [`keep_open`](Self::keep_open).
+    pub const DEFAULT_KEEP_OPEN: usize = 64;
+    /// The most that a DSN may say for [`keep_open`](Self::keep_open).
+    const MOST_KEPT_OPEN: u64 = 1024;
     /// The deepest sharding.
     pub const MAX_DEPTH: u8 = 3;
 
     /// The options of a `file://` DSN beside the common ones.
-    pub const OPTIONS: &[&str] = &["depth", "durability", "io"];
+    pub const OPTIONS: &[&str] = &["depth", "durability", "io", "keep_open"];
 
     /// Takes the defaults for `dir`.
     #[must_use]
@@ -82,7 +90,7 @@ impl FileConfig {
         Self { dir: dir.into(), ..Self::default() }
     }
 
-    /// Reads `file:///path?depth=…&durability=…&io=…`, with the common options `prefix` and `max_bytes`. The other common options
+    /// Reads `file:///path?depth=…&durability=…&io=…&keep_open=…`, with the common options `prefix` and `max_bytes`. The other common options
     /// are accepted for whoever acts on them.
     ///
     /// # Errors
@@ -116,6 +124,9 @@ impl FileConfig {
         }
         if let Some(bytes) = dsn.number("max_bytes", 1..=u64::from(u32::MAX))? {
             this.max_bytes = bytes as usize;
+        }
+        if let Some(files) = dsn.number("keep_open", 0..=Self::MOST_KEPT_OPEN)? {
+            this.keep_open = files as usize;
         }
         // A kernel lock ends with its holder and not with time, so there is nothing that strict_expiry could refuse.
         dsn.flag("strict_expiry")?;
@@ -159,6 +170,13 @@ impl FileConfig {
         self
     }
 
+    /// The same with another number of files that stay open.
+    #[must_use]
+    pub fn with_keep_open(mut self, files: usize) -> Self {
+        self.keep_open = files;
+        self
+    }
+
     /// Checks what does not need the directory.
     pub(crate) fn check(&self) -> Result<()> {
         if self.dir.as_os_str().is_empty() {
@@ -196,12 +214,14 @@ mod tests {
     #[test]
     fn every_option_is_read() {
         let config =
-            parse("file:///var/lib/app/?depth=2&durability=full&io=pool&max_bytes=4096&prefix=shop&ttl=20m").unwrap();
+            parse("file:///var/lib/app/?depth=2&durability=full&io=pool&max_bytes=4096&keep_open=7&prefix=shop&ttl=20m")
+                .unwrap();
         let expected = FileConfig::new("/var/lib/app")
             .with_depth(2)
             .with_durability(Durability::Full)
             .with_io(Io::Pool)
             .with_max_bytes(4096)
+            .with_keep_open(7)
             .with_prefix("shop");
         assert_eq!(config, expected);
         assert_eq!(parse("file:///x").unwrap(), FileConfig::new("/x"));
@@ -224,6 +244,7 @@ mod tests {
             ("file:///x?prefix=a%2Fb", "prefix"),
             ("file:///x?prefix=a", "two characters"),
             ("file:///x?max_bytes=0", "max_bytes"),
+            ("file:///x?keep_open=1025", "0 to 1024"),
             ("file:///x?strict_expiry=maybe", "strict_expiry"),
             ("file:///x?poll_min=1ms", "unknown option"),
             ("redis://h/0", "not file"),

@@ -21,6 +21,7 @@ use rustix::fs::{AtFlags as StatAt, Mode as FileMode, OFlags, ResolveFlags, Stat
 use session_core::{Error, ErrorKind, Result, SessionId};
 
 use crate::config::FileConfig;
+use crate::kept::Kept;
 
 /// The directory of the locks that stand by themselves. No id has a `~`.
 const LOCKS: &str = "~locks";
@@ -34,6 +35,7 @@ pub(crate) struct Dir {
     fd: RwLock<Arc<OwnedFd>>,
     depth: usize,
     uid: u32,
+    pub(crate) kept: Arc<Kept>,
     /// Whether the kernel knows `openat2`; a sandbox may not.
     resolve: AtomicBool,
 }
@@ -49,6 +51,13 @@ pub(crate) struct Stat {
     pub(crate) dead: bool,
     uid: u32,
     mode: u32,
+}
+
+/// Which file it is, under whatever name. As long as somebody has it open, no other file is the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    device: (u32, u32),
+    inode: u64,
 }
 
 /// Asks about an open file.
@@ -96,6 +105,12 @@ pub(crate) enum Plain {
     Foreign,
 }
 
+impl Stat {
+    pub(crate) fn identity(&self) -> Identity {
+        Identity { device: self.device, inode: self.inode }
+    }
+}
+
 impl Dir {
     /// Opens the directory of `config`, creates it if only itself is missing, and checks that nobody else can write to it and that
     /// kernel locks work.
@@ -110,14 +125,15 @@ impl Dir {
         test_locks(&fd, &path)?;
         let depth = usize::from(config.depth);
         let fd = RwLock::new(Arc::new(fd));
-        Ok(Self { path, fd, depth, uid: geteuid().as_raw(), resolve: AtomicBool::new(true) })
+        let kept = Arc::new(Kept::new(config.keep_open));
+        Ok(Self { path, fd, depth, uid: geteuid().as_raw(), kept, resolve: AtomicBool::new(true) })
     }
 
     /// Returns the same directory behind a lock of its own, for another thread; the descriptor is one.
     pub(crate) fn another(&self) -> Self {
         let fd = RwLock::new(Arc::clone(&self.fd()));
         let resolve = AtomicBool::new(self.resolve.load(Ordering::Relaxed));
-        Self { path: self.path.clone(), fd, depth: self.depth, uid: self.uid, resolve }
+        Self { path: self.path.clone(), fd, depth: self.depth, uid: self.uid, kept: Arc::clone(&self.kept), resolve }
     }
 
     /// Returns the name of the file of a session, relative to the directory.
@@ -218,7 +234,12 @@ impl Dir {
 
     /// Whether `name` is still the file of `stat`.
     pub(crate) fn is_named(&self, name: &str, stat: &Stat) -> bool {
-        stat_at(&self.fd(), name).is_ok_and(|now| (now.device, now.inode) == (stat.device, stat.inode))
+        self.stat_named(name, stat.identity()).is_some()
+    }
+
+    /// Asks about the file under `name`, if it is this one.
+    pub(crate) fn stat_named(&self, name: &str, file: Identity) -> Option<Stat> {
+        stat_at(&self.fd(), name).ok().filter(|stat| stat.identity() == file)
     }
 
     /// Removes `name` if it is still `file`, whose lock the caller owns.
@@ -316,6 +337,14 @@ impl Dir {
     }
 
     fn openat(&self, fd: &OwnedFd, name: &str, flags: OFlags, mode: FileMode) -> nix::Result<OwnedFd> {
+        match self.openat_once(fd, name, flags, mode) {
+            // What is only open for later has to yield to what is needed now.
+            Err(Errno::EMFILE | Errno::ENFILE) if self.kept.let_go() => self.openat_once(fd, name, flags, mode),
+            answer => answer,
+        }
+    }
+
+    fn openat_once(&self, fd: &OwnedFd, name: &str, flags: OFlags, mode: FileMode) -> nix::Result<OwnedFd> {
         let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
         let errno = |cause: rustix::io::Errno| Errno::from_raw(cause.raw_os_error());
         if name.contains('/') && self.resolve.load(Ordering::Relaxed) {

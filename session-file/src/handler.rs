@@ -120,6 +120,7 @@ impl fmt::Debug for FileHandler {
 impl SessionHandler for FileHandler {
     async fn open(&self, id: &SessionId, request: &OpenRequest) -> Result<Box<dyn OpenSession>> {
         let lock = self.lane();
+        lock.store.dir.kept.tend();
         let mut session = FileSession {
             lock: Arc::clone(lock),
             id: id.clone(),
@@ -268,7 +269,11 @@ fn carry_out(step: &Step<'_>, mut file: Box<SessionFile>, last: bool) -> (Option
 /// Keeps the file if the opening goes on after this.
 fn keep(file: Box<SessionFile>, outcome: Result<Written>, last: bool) -> (Option<Box<SessionFile>>, Result<Written>) {
     let kept = match &outcome {
-        Ok(_) => !last,
+        Ok(_) if last => {
+            file.give_back();
+            return (None, outcome);
+        }
+        Ok(_) => true,
         Err(error) if error.kind().keeps_opening() => true,
         Err(_) => {
             file.bury();
@@ -421,8 +426,8 @@ impl FileSession {
 
     async fn release(&mut self) -> Result<()> {
         if let Mode::Held(hold) = &mut self.mode {
-            let close = |file| {
-                drop(file);
+            let close = |file: Box<SessionFile>| {
+                file.give_back();
                 (None, ())
             };
             hold.run(self.lock.store.config.io, false, close).await?;

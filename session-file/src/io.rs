@@ -21,8 +21,11 @@ pub(crate) use self::destroy::{destroy, is_forgotten};
 pub(crate) use self::open::{Manner, Opened, Turn};
 pub(crate) use self::read::{load, peek_absent};
 pub(crate) use self::write::{Begun, Unsynced};
+use crate::dir::Identity;
+use crate::kept::{Born, Idle, Key, Known};
 use crate::layout::{Entry, Place};
 use crate::store::Store;
+use crate::wait;
 
 /// Payloads up to this length are copied in place.
 pub(crate) const SMALL: usize = 64 << 10;
@@ -50,6 +53,13 @@ pub(crate) struct SessionFile {
     /// An error left it open what is in the file.
     stale: bool,
     since: u64,
+    /// What is left as word of that in the offset of the file.
+    stamped: u64,
+    key: Key,
+    identity: Identity,
+    /// When the file was opened, if it may stay open afterwards: not if it is new, since most sessions are not used twice, nor if
+    /// somebody stood in line with it, who may have left something of that behind.
+    born: Option<Born>,
     /// Whether the holder line is written.
     signed: bool,
 }
@@ -58,6 +68,18 @@ impl SessionFile {
     /// Returns the id of the last write.
     pub(crate) fn last_write(&self) -> Option<WriteId> {
         self.current.filter(|_| !self.creating).map(|(entry, _)| entry.write)
+    }
+
+    /// Gives the lock back after a clean end, and leaves the file open for the next who opens the session.
+    pub(crate) fn give_back(mut self) {
+        let clean = !self.empty && !self.creating && !self.stale && self.size <= SMALL as u64;
+        let Some(born) = self.born.filter(|_| clean) else { return };
+        let Some(file) = self.file.give_back() else { return };
+        // Closing is what wakes those who wait. Who took his ticket after this look tries after the unlocking, and needs no waking.
+        if wait::nobody_waits(&file) {
+            let known = Known { identity: self.identity, born, stamped: self.stamped };
+            self.store.dir.kept.leave(Idle { key: self.key, file, known });
+        }
     }
 }
 

@@ -7,6 +7,9 @@
 //! file itself keeps writers apart; it ends with its holder's process and never before, so a stopped holder stays the holder.
 //! Waiters are served first come, first served across processes, and woken by the release.
 //!
+//! A file that nobody waits for stays open for the next request of the same visitor, without a lock and for a second at most
+//! ([`keep_open`](FileConfig::keep_open)). As long as that lasts, its file system cannot be remounted read-only.
+//!
 //! ```no_run
 //! # async fn f() -> session_core::Result<()> {
 //! use std::time::Duration;
@@ -25,14 +28,15 @@
 //! ```
 //!
 //! Reading order: `layout` (what stands where), `io` (one file under its lock), `handler` (what each access does), `wait` (how
-//! the lock is waited for), `store` and `sync` (on which thread a call runs, and who waits for the disk), `dir` (whose files these
-//! are).
+//! the lock is waited for), `kept` (which files stay open between two openings), `store` and `sync` (on which thread a call runs,
+//! and who waits for the disk), `dir` (whose files these are).
 
 mod admin;
 mod config;
 mod dir;
 mod handler;
 mod io;
+mod kept;
 mod layout;
 mod lock;
 mod store;

@@ -3,8 +3,8 @@
 //! A waiter takes a ticket, an open-file-description lock on one byte far behind the data whose place is the time of arrival.
 //! Whoever sees no lock before his own is first. Tickets vanish with their process, so nobody waits behind the dead. A kernel
 //! lock cannot be waited for without a thread, but closing a file that was open for writing can be watched: holders, waiters
-//! and the collector all open files read-write and close them when they let go. A slow tick covers what cannot be watched, and
-//! a waiter at the head who was stopped.
+//! and the collector all open files read-write and close them when they let go. A holder may leave the file open only if he has
+//! found nobody in line after unlocking it. A slow tick covers what cannot be watched, and a waiter at the head who was stopped.
 //!
 //! Nothing here knows what is in the files.
 
@@ -151,6 +151,12 @@ fn is_idle(file: &File) -> bool {
 /// Whether anybody stands in line for `file`, apart from `file` itself.
 pub(crate) fn line(file: &File) -> bool {
     taken(file, TICKETS, 0)
+}
+
+/// Whether nobody stands in line for `file` for sure.
+pub(crate) fn nobody_waits(file: &File) -> bool {
+    let mut lock = range(libc::F_WRLCK, TICKETS, 0);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock)).is_ok() && i32::from(lock.l_type) == libc::F_UNLCK
 }
 
 /// Leaves the line, if `file` stands in it.
@@ -325,5 +331,47 @@ struct Events(Arc<Inotify>);
 impl AsRawFd for Events {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_fd().as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn in_whatever_order_a_waiter_comes_and_a_holder_goes_he_gets_in_or_is_woken() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "").unwrap();
+        let open = || File::options().read(true).write(true).open(&path).unwrap();
+        let (mut left_open, mut orders) = (0, 0);
+        // Each bit is a step, of the waiter if it is set; either takes three.
+        for order in (0..64u32).filter(|order| order.count_ones() == 3) {
+            let (mut holder, waiter) = (Some(open()), open());
+            holder.as_ref().unwrap().lock().unwrap();
+            let inotify = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
+            let (mut steps_of_holder, mut steps_of_waiter, mut alone, mut got_in) = (0, 0, true, false);
+            for step in 0..6 {
+                if order & (1 << step) == 0 {
+                    steps_of_holder += 1;
+                    match steps_of_holder {
+                        1 => holder.as_ref().unwrap().unlock().unwrap(),
+                        2 => alone = nobody_waits(holder.as_ref().unwrap()),
+                        _ => drop(holder.take_if(|_| !alone)),
+                    }
+                } else {
+                    steps_of_waiter += 1;
+                    match steps_of_waiter {
+                        1 => assert!(Ticket::take(&waiter).expect("this file system has places in line").is_first(&waiter)),
+                        2 => drop(inotify.add_watch(&path, AddWatchFlags::IN_CLOSE_WRITE).unwrap()),
+                        _ => got_in = waiter.try_lock().is_ok(),
+                    }
+                }
+            }
+            assert!(got_in || inotify.read_events().is_ok(), "order {order:06b}: nobody wakes him");
+            orders += 1;
+            left_open += usize::from(holder.is_some());
+        }
+        assert!(left_open > 0 && left_open < orders, "{left_open} of {orders}");
     }
 }

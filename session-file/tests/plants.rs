@@ -64,7 +64,7 @@ async fn refused(place: &Place, handler: &FileHandler, id: &SessionId, what: &st
     }
     left_alone(handler, what).await;
     assert_eq!(snapshot(&outer), before, "{what} was changed");
-    assert_eq!(place.descriptors(), open, "{what}: a descriptor stayed open");
+    assert!(place.descriptors() <= open, "{what}: a descriptor stayed open");
 }
 
 /// Neither collected nor listed.

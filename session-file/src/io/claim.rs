@@ -14,6 +14,9 @@ use crate::dir::fault;
 use crate::layout::{HEADER, Header, WAITING_AT};
 use crate::store::now;
 
+/// How exact, in milliseconds, a holder's word is of since when he holds the lock.
+const ROUGHLY: u64 = 50;
+
 /// A file whose lock is ours until this is dropped.
 ///
 /// It is given back by a call of its own before the file is closed. Closing is what wakes the waiters, so it must come second; and
@@ -33,9 +36,14 @@ impl Claim {
 
     /// Gives the lock back and keeps the file open.
     pub(super) fn release(mut self) -> File {
-        let file = self.0.take().expect("only this and the drop take it");
+        let file = self.0.take().expect("only a release takes it");
         let _ = file.unlock();
         file
+    }
+
+    /// Gives the lock back and keeps the file open; `None` if that cannot be. Only the drop is left to this.
+    pub(super) fn give_back(&mut self) -> Option<File> {
+        self.0.take().filter(|file| file.unlock().is_ok())
     }
 }
 
@@ -58,9 +66,13 @@ impl Drop for Claim {
 
 /// Leaves word of since when the lock is held, for whoever waits in vain: in the offset of the open file, which nothing else uses
 /// and which the kernel shows to processes of the same user. It costs less than a write, it is there for a stopped holder too,
-/// and it goes with the holder.
-pub(super) fn stamp(mut file: &File, since: u64) {
+/// and it goes with the holder. What a holder just before has left is good enough. Returns what is there.
+pub(super) fn stamp(mut file: &File, since: u64, before: Option<u64>) -> u64 {
+    if let Some(before) = before.filter(|before| (*before..*before + ROUGHLY).contains(&since)) {
+        return before;
+    }
     let _ = file.seek(SeekFrom::Start(since));
+    since
 }
 
 /// Tells later openers that somebody may stand in line until then. Only a hint: nothing but fairness depends on it.

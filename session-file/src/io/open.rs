@@ -12,6 +12,7 @@ use super::claim::{Claim, stamp};
 use super::read::{Content, load};
 use super::{LOOKS, OPEN_AGAIN, SessionFile};
 use crate::dir::{Plain, fault, stat};
+use crate::kept::{Born, Key, Known};
 use crate::store::{Store, now};
 use crate::wait::{self, Attempt};
 
@@ -44,6 +45,31 @@ impl Manner {
     pub(crate) const PASSING: Self = Self { existing: true, lease: Duration::ZERO, turn: Turn::Passing };
 }
 
+/// How an opener came to the open file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// He stood in line with it.
+    Line,
+    /// Another opening of this process left it.
+    Kept(Known),
+    Found(Born),
+    New,
+}
+
+impl Origin {
+    fn known(&self) -> Option<&Known> {
+        if let Self::Kept(known) = self { Some(known) } else { None }
+    }
+
+    fn born(self) -> Option<Born> {
+        match self {
+            Self::Line | Self::New => None,
+            Self::Kept(known) => Some(known.born),
+            Self::Found(born) => Some(born),
+        }
+    }
+}
+
 impl SessionFile {
     /// Tries to get the lock on the file of `id`, through `file` if that is open already. `Done(None)` is an absent id.
     pub(crate) fn open(
@@ -54,27 +80,35 @@ impl SessionFile {
     ) -> Result<Attempt<Opened>> {
         const OP: &str = "open";
         let dir = &store.dir;
-        let name = dir.name(id);
+        let (name, key) = (dir.name(id), Key::of(id));
         let mut moved = false;
         for _ in 0..OPEN_AGAIN {
-            let waited = file.is_some();
-            let found = match file.take() {
-                Some(file) => Some(file),
-                None => dir.open_file(&name, true, OP)?,
-            };
-            let (file, new) = match found {
-                Some(file) => (file, false),
-                None if manner.existing => return Ok(Attempt::Done(None)),
-                None => match dir.create_file(&name, OP)? {
-                    Some(file) => (file, true),
-                    None => {
-                        moved = true;
-                        continue;
-                    }
+            let (file, origin) = match (file.take(), dir.kept.born()) {
+                (Some(file), _) => (file, Origin::Line),
+                (None, born) => match dir.kept.take(key) {
+                    Some(idle) => (idle.file, Origin::Kept(idle.known)),
+                    None => match dir.open_file(&name, true, OP)? {
+                        Some(file) => (file, Origin::Found(born)),
+                        None if manner.existing => return Ok(Attempt::Done(None)),
+                        None => match dir.create_file(&name, OP)? {
+                            Some(file) => (file, Origin::New),
+                            None => {
+                                moved = true;
+                                continue;
+                            }
+                        },
+                    },
                 },
             };
             let claim = Claim::take(file, OP)?;
-            let stat = stat(claim.as_deref().unwrap_or_else(|file| file)).map_err(|cause| fault(OP, cause))?;
+            let stat = match origin {
+                // It may have lost its name to another file since it was opened.
+                Origin::Kept(known) => match dir.stat_named(&name, known.identity) {
+                    Some(stat) => stat,
+                    None => continue,
+                },
+                _ => stat(claim.as_deref().unwrap_or_else(|file| file)).map_err(|cause| fault(OP, cause))?,
+            };
             match dir.judge(&stat, OP)? {
                 Plain::Ours => {}
                 Plain::Unlinked => {
@@ -85,7 +119,7 @@ impl SessionFile {
                 Plain::Foreign => return Err(taken_by_another_user(OP)),
             }
             // The link count tells that the file was removed; only after a wait can it also have been moved away unnoticed.
-            if waited && !dir.is_named(&name, &stat) {
+            if origin == Origin::Line && !dir.is_named(&name, &stat) {
                 moved = true;
                 continue;
             }
@@ -119,7 +153,7 @@ impl SessionFile {
             if absent && manner.existing {
                 return Ok(Attempt::Done(None));
             }
-            stamp(&file, now);
+            let stamped = stamp(&file, now, origin.known().map(|known| known.stamped));
             let mut this = Box::new(Self {
                 store: Arc::clone(store),
                 id: id.clone(),
@@ -130,9 +164,13 @@ impl SessionFile {
                 settled: content.settled,
                 unsynced: content.header.unsynced,
                 creating: absent,
-                empty: new || content.current.is_none(),
+                empty: origin == Origin::New || content.current.is_none(),
                 stale: false,
                 since: now,
+                stamped,
+                key,
+                identity: stat.identity(),
+                born: origin.born(),
                 signed: false,
             });
             if manner.turn == Turn::First {
@@ -170,7 +208,7 @@ impl SessionFile {
                 return Ok(None);
             }
             let since = now();
-            stamp(&file, since);
+            let stamped = stamp(&file, since, None);
             return Ok(Some(Box::new(Self {
                 store: Arc::clone(store),
                 id: id.clone(),
@@ -184,6 +222,10 @@ impl SessionFile {
                 empty: true,
                 stale: false,
                 since,
+                stamped,
+                key: Key::of(id),
+                identity: stat.identity(),
+                born: None,
                 signed: false,
             })));
         }

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 
-use crate::{holders, kills, room};
+use crate::{holders, kept, kills, room};
 
 /// Set in the environment of a child: what it is to do, where.
 const ROLE: &str = "SESSION_FILE_TEST_ROLE";
@@ -100,6 +100,7 @@ fn plays_its_role() {
         "wait" => holders::wait(&place),
         "count descriptors" => holders::count_descriptors(Path::new(&place)),
         "count threads" => holders::count_threads(Path::new(&place)),
+        "run out of descriptors" => kept::run_out_of_descriptors(Path::new(&place)),
         "grow beyond the limit" => room::grow_beyond_the_limit(Path::new(&place)),
         other => panic!("no role {other}"),
     }

@@ -7,6 +7,7 @@ mod admin;
 mod child;
 mod damage;
 mod holders;
+mod kept;
 mod kills;
 mod plants;
 mod races;
