@@ -57,8 +57,8 @@ pub(crate) struct SessionFile {
     stamped: u64,
     key: Key,
     identity: Identity,
-    /// When the file was opened, if it may stay open afterwards: not if it is new, since most sessions are not used twice, nor if
-    /// somebody stood in line with it, who may have left something of that behind.
+    /// When the file was opened, if it may stay open afterwards: not if it is new, if [`Kept`](crate::kept::Kept) has not
+    /// seen the session lately, or if somebody stood in line with it, who may have left something of that behind.
     born: Option<Born>,
     /// Whether the holder line is written.
     signed: bool,

@@ -3,6 +3,7 @@
 //! To open a file and to close it costs as much as to read and to write it. So whoever is through with a session leaves its file
 //! here, open and without any lock, and whoever opens the session next takes it out. At any time a file is either here or with
 //! one opening. Only a clean end leaves it: what was dropped or has failed is closed, and so is what somebody waits for.
+//! The first opening of a session leaves nothing: most are not opened again soon.
 //!
 //! What the file is worth by then is not known here. It may have been removed, replaced or moved; who takes it locks it and asks
 //! whether the name still stands for it, so even a key that two sessions share does no harm.
@@ -10,6 +11,7 @@
 //! A second after it was opened no file stays here, however often it was used: as long as it is open, a removed file takes up room,
 //! and a child that this process forked without starting another program shares its locks.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -28,6 +30,8 @@ const ROUND: Duration = Duration::from_millis(500);
 const LAST_ROUND: u32 = 2;
 /// In how many groups, each behind a lock of its own, the files are.
 const GROUPS: usize = 16;
+/// How many sessions each group remembers whose files it does not have.
+const SEEN: usize = 16;
 /// What part of the descriptors that this process may have are taken at most.
 const SHARE: u64 = 16;
 
@@ -45,14 +49,31 @@ pub(crate) struct Kept {
     process: AtomicU32,
 }
 
-/// Some of the files, those used last at the end. Each on its own cache line.
+/// Some of the files. Each group is on a cache line of its own.
 #[derive(Debug, Default)]
 #[repr(align(64))]
-struct Group(Mutex<Vec<Idle>>);
+struct Group(Mutex<Files>);
+
+#[derive(Debug, Default)]
+struct Files {
+    /// Those that were left last at the end.
+    idle: Vec<Idle>,
+    /// The sessions that were last asked for in vain.
+    seen: VecDeque<Key>,
+}
 
 /// Where the file of a session is looked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Key(u64);
+
+/// What is here of a session.
+#[derive(Debug)]
+pub(crate) enum Found {
+    File(Idle),
+    /// Nothing. A file that is opened now may be left here if this says when: not that of a session that has not been asked for
+    /// lately. Most are not asked for again soon, and what would be done for their files would be in vain.
+    Nothing(Option<Born>),
+}
 
 /// An open file that nobody uses.
 #[derive(Debug)]
@@ -122,23 +143,28 @@ impl Kept {
         });
     }
 
-    /// The birth of a file that is opened now.
-    pub(crate) fn born(&self) -> Born {
-        Born(self.round.load(Ordering::Relaxed))
-    }
-
     /// Takes out the file that was left under this key.
-    pub(crate) fn take(&self, key: Key) -> Option<Idle> {
-        let mut files = self.group(key)?.files();
-        let at = files.iter().position(|idle| idle.key == key)?;
-        let idle = files.remove(at);
+    pub(crate) fn take(&self, key: Key) -> Found {
+        let Some(group) = self.group(key) else { return Found::Nothing(None) };
+        let mut files = group.files();
+        let Some(at) = files.idle.iter().position(|idle| idle.key == key) else {
+            let again = files.seen.contains(&key);
+            if !again {
+                if files.seen.len() >= SEEN {
+                    files.seen.pop_front();
+                }
+                files.seen.push_back(key);
+            }
+            return Found::Nothing(again.then(|| self.born()));
+        };
+        let idle = files.idle.remove(at);
         drop(files);
         let process = std::process::id();
         if self.process.load(Ordering::Relaxed) != process {
             self.disown(process);
-            return None;
+            return Found::Nothing(None);
         }
-        Some(idle)
+        Found::File(idle)
     }
 
     /// Leaves a file on which there is no lock; what there is no room for is closed.
@@ -149,9 +175,9 @@ impl Kept {
         if !self.tended.load(Ordering::SeqCst) || self.is_old(&idle) {
             return;
         }
-        let another = files.iter().position(|other| other.key == idle.key);
-        let out = another.or_else(|| (files.len() >= self.room).then_some(0)).map(|at| files.remove(at));
-        files.push(idle);
+        let another = files.idle.iter().position(|other| other.key == idle.key);
+        let out = another.or_else(|| (files.idle.len() >= self.room).then_some(0)).map(|at| files.idle.remove(at));
+        files.idle.push(idle);
         drop(files);
         drop(out);
     }
@@ -159,7 +185,7 @@ impl Kept {
     /// Closes all files, and says whether there was one.
     pub(crate) fn let_go(&self) -> bool {
         // Not a short cut: every group has to be emptied.
-        self.groups.iter().fold(false, |any, group| any | !std::mem::take(&mut *group.files()).is_empty())
+        self.groups.iter().fold(false, |any, group| any | !std::mem::take(&mut group.files().idle).is_empty())
     }
 
     /// Closes the files that are old, and says whether any is left.
@@ -167,9 +193,13 @@ impl Kept {
         self.round.fetch_add(1, Ordering::Relaxed);
         self.groups.iter().fold(false, |any, group| {
             let mut files = group.files();
-            files.retain(|idle| !self.is_old(idle));
-            any | !files.is_empty()
+            files.idle.retain(|idle| !self.is_old(idle));
+            any | !files.idle.is_empty()
         })
+    }
+
+    fn born(&self) -> Born {
+        Born(self.round.load(Ordering::Relaxed))
     }
 
     fn is_old(&self, idle: &Idle) -> bool {
@@ -192,7 +222,7 @@ impl Kept {
 }
 
 impl Group {
-    fn files(&self) -> MutexGuard<'_, Vec<Idle>> {
+    fn files(&self) -> MutexGuard<'_, Files> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -236,8 +266,15 @@ mod tests {
         fd
     }
 
+    fn take(kept: &Kept, key: u64) -> Option<Idle> {
+        match kept.take(Key(key)) {
+            Found::File(idle) => Some(idle),
+            Found::Nothing(_) => None,
+        }
+    }
+
     fn is_there(kept: &Kept, key: u64) -> bool {
-        kept.take(Key(key)).is_some()
+        take(kept, key).is_some()
     }
 
     #[test]
@@ -247,11 +284,11 @@ mod tests {
         for _ in 1..LAST_ROUND {
             assert!(kept.next_round());
             for _ in 0..3 {
-                let idle = kept.take(Key(1)).expect("it is still there");
+                let idle = take(&kept, 1).expect("it is still there");
                 kept.leave(idle);
             }
         }
-        let used = kept.take(Key(1)).unwrap();
+        let used = take(&kept, 1).unwrap();
         leave(&kept, 2);
         assert!(kept.next_round(), "the younger one is left");
         kept.leave(used);
@@ -272,13 +309,24 @@ mod tests {
         assert!(!is_there(&kept, here(0)) && is_there(&kept, here(1)) && is_there(&kept, here(2)));
         leave(&kept, here(0));
         let second = leave(&kept, here(0));
-        assert_eq!(kept.take(Key(here(0))).unwrap().file.as_raw_fd(), second, "one file a session");
+        assert_eq!(take(&kept, here(0)).unwrap().file.as_raw_fd(), second, "one file a session");
         assert!(!is_there(&kept, here(0)));
         let few = tended(3);
         for key in 0..100 {
             leave(&few, key);
         }
         assert_eq!((0..100).filter(|key| is_there(&few, *key)).count(), 3);
+    }
+
+    #[test]
+    fn only_of_a_session_that_is_asked_for_again_soon_a_file_may_stay() {
+        let kept = tended(GROUPS);
+        let may_stay = |key| matches!(kept.take(Key(key)), Found::Nothing(Some(_)));
+        assert!(!may_stay(1) && may_stay(1) && may_stay(1));
+        for other in 1..=SEEN as u64 {
+            assert!(!may_stay(1 + other * GROUPS as u64));
+        }
+        assert!(!may_stay(1), "that was long ago");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::claim::{Claim, stamp};
 use super::read::{Content, load};
 use super::{LOOKS, OPEN_AGAIN, SessionFile};
 use crate::dir::{Plain, fault, stat};
-use crate::kept::{Born, Key, Known};
+use crate::kept::{Born, Found, Key, Known};
 use crate::store::{Store, now};
 use crate::wait::{self, Attempt};
 
@@ -52,7 +52,7 @@ enum Origin {
     Line,
     /// Another opening of this process left it.
     Kept(Known),
-    Found(Born),
+    Found(Option<Born>),
     New,
 }
 
@@ -65,7 +65,7 @@ impl Origin {
         match self {
             Self::Line | Self::New => None,
             Self::Kept(known) => Some(known.born),
-            Self::Found(born) => Some(born),
+            Self::Found(born) => born,
         }
     }
 }
@@ -83,11 +83,11 @@ impl SessionFile {
         let (name, key) = (dir.name(id), Key::of(id));
         let mut moved = false;
         for _ in 0..OPEN_AGAIN {
-            let (file, origin) = match (file.take(), dir.kept.born()) {
-                (Some(file), _) => (file, Origin::Line),
-                (None, born) => match dir.kept.take(key) {
-                    Some(idle) => (idle.file, Origin::Kept(idle.known)),
-                    None => match dir.open_file(&name, true, OP)? {
+            let (file, origin) = match file.take() {
+                Some(file) => (file, Origin::Line),
+                None => match dir.kept.take(key) {
+                    Found::File(idle) => (idle.file, Origin::Kept(idle.known)),
+                    Found::Nothing(born) => match dir.open_file(&name, true, OP)? {
                         Some(file) => (file, Origin::Found(born)),
                         None if manner.existing => return Ok(Attempt::Done(None)),
                         None => match dir.create_file(&name, OP)? {

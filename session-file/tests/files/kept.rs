@@ -21,6 +21,8 @@ fn open_files(dir: &Path) -> usize {
 /// A session whose file is open, and that path.
 async fn kept(store: &Store) -> (SessionId, PathBuf) {
     let id = create(&store.handler, record("old")).await;
+    put(&store.handler, &id, "once").await;
+    assert_eq!(open_files(&store.path()), 0, "it may not be used again soon");
     put(&store.handler, &id, "kept").await;
     assert_eq!(open_files(&store.path()), 1, "the file does not stay open, so this test would test nothing");
     let file = store.file(&id);
@@ -68,6 +70,7 @@ async fn a_file_that_was_moved_while_it_stayed_open_is_not_used() {
     for depth in [0, 2] {
         let store = Store::with(|config| config.with_durability(Durability::None).with_depth(depth));
         let id = create(&store.handler, record("old")).await;
+        put(&store.handler, &id, "once").await;
         put(&store.handler, &id, "kept").await;
         assert_eq!(open_files(&store.path()), 1);
         let mut file = store.path();
@@ -212,6 +215,7 @@ async fn no_more_files_stay_open_than_was_said() {
         let store = Store::with(|config| config.with_durability(Durability::None).with_keep_open(keep_open));
         for _ in 0..200 {
             let id = create(&store.handler, record("one of many")).await;
+            put(&store.handler, &id, "once").await;
             put(&store.handler, &id, "kept, perhaps").await;
         }
         let open = open_files(&store.path());
@@ -245,6 +249,7 @@ pub(crate) fn run_out_of_descriptors(dir: &Path) {
         let mut ids = Vec::new();
         for _ in 0..20 {
             let id = create(&handler, record("new")).await;
+            put(&handler, &id, "once").await;
             put(&handler, &id, "kept").await;
             ids.push(id);
         }
