@@ -22,8 +22,9 @@ use crate::scripts::Scripts;
 use crate::servers::Servers;
 use crate::store::command;
 
-/// Two of each class: the server works on one while the other is written or read.
-const FLIGHTS: usize = 4;
+/// How many flights are under way at a time: the server works on one while others are written, are read, or cross the network. Of
+/// many small ones few are needed before they grow, since a flight goes beside another only if it is as large.
+const FLIGHTS: usize = 8;
 
 /// The way to a server for what may travel together.
 pub(crate) struct Batches {
