@@ -2,7 +2,7 @@
 //!
 //! It is the text that the handler itself uses, so that the two cannot differ. Nothing else here is a promise.
 
-use crate::config::{SqlConfig, SqlServer};
+use crate::config::SqlConfig;
 
 /// A statement, and what is given to it.
 #[doc(hidden)]
@@ -22,9 +22,9 @@ pub struct Statement {
 pub fn uncontended(config: &SqlConfig) -> Option<[Statement; 2]> {
     match &config.server {
         #[cfg(feature = "postgres")]
-        SqlServer::Postgres(_) => Some(crate::postgres::uncontended(config)),
+        crate::SqlServer::Postgres(_) => Some(crate::postgres::uncontended(config)),
         #[cfg(feature = "mysql")]
-        SqlServer::MySql(_) => Some(crate::mysql::uncontended(config)),
+        crate::SqlServer::MySql(_) => Some(crate::mysql::uncontended(config)),
         _ => None,
     }
 }

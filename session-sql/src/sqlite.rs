@@ -142,11 +142,14 @@ impl Database for Sqlite {
         for records in [true, false] {
             let mut done = false;
             while !done && left > 0 {
-                // A transaction of its own for each piece, so that it holds up nobody.
+                // A transaction of its own for each piece, and time for the others between two, so that it holds up nobody.
                 let freed = self.writer.ask(Errand::Heavy, move |turn| turn.gc(records, left)).await?;
                 expired += if records { u64::from(freed.rows) } else { 0 };
                 left -= freed.rows.min(left);
                 done = freed.done;
+                if !done && self.writer.is_asked() {
+                    tokio::time::sleep(table::TURN).await;
+                }
             }
         }
         Ok(expired)

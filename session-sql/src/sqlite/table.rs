@@ -36,8 +36,9 @@ const NUMBER: usize = COLUMNS.len() + 1;
 /// The clock of the database, in milliseconds.
 const NOW: &str = "CAST(round(unixepoch('subsec') * 1000) AS INTEGER)";
 
-/// How long gc keeps others from writing at a time, and how many rows it frees before it looks at its watch.
-const TURN: Duration = Duration::from_millis(5);
+/// How long gc keeps others from writing at a time, and leaves the file to them then; and how many rows it frees before it looks at
+/// its watch.
+pub(super) const TURN: Duration = Duration::from_millis(2);
 const PIECE: u32 = 16;
 
 /// The texts of the statements, with the name of the table in them.

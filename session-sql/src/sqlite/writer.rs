@@ -156,6 +156,11 @@ impl Writer {
         caller.answer().await
     }
 
+    /// Says whether anybody asks at this moment.
+    pub(super) fn is_asked(&self) -> bool {
+        self.asking.load(Ordering::Relaxed) > 0
+    }
+
     fn call(&self, call: Call) -> Result<(), Failure> {
         let ended = || Failure::new(ErrorKind::Unavailable, "the thread of the database has ended");
         self.calls.send(call).map_err(|_| ended())
