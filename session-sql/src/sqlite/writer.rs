@@ -11,7 +11,7 @@ use std::fs::File;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, mpsc};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use session_core::ErrorKind;
 
@@ -27,9 +27,9 @@ use crate::database::Failure;
 const MEMBERS: usize = 64;
 const BYTES: usize = 256 << 10;
 
-/// How often the thread gives way to others, when it has nothing to do, before it sleeps: some ten microseconds, if nobody else wants
-/// the processor. To wake it takes longer than a lone request does.
-const LOOKS: u32 = 32;
+/// How long the thread looks for a call that was announced before it sleeps: longer than a lone request takes to write. It does not
+/// give way meanwhile, because on a busy machine others then keep the processor for a hundred times as long.
+const LOOKS: Duration = Duration::from_micros(30);
 
 /// What a request asks of the writer, beside what it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -278,14 +278,19 @@ impl Thread {
 
     /// Waits for a call; there is none any more if the handler is gone.
     fn next_call(&self) -> Option<Call> {
-        for _ in 0..LOOKS {
+        let call = self.calls.recv().ok()?;
+        if !matches!(call, Call::Soon) {
+            return Some(call);
+        }
+        let began = Instant::now();
+        while began.elapsed() < LOOKS {
             match self.calls.try_recv() {
                 Ok(call) => return Some(call),
                 Err(mpsc::TryRecvError::Disconnected) => return None,
-                Err(mpsc::TryRecvError::Empty) => thread::yield_now(),
+                Err(mpsc::TryRecvError::Empty) => std::hint::spin_loop(),
             }
         }
-        self.calls.recv().ok()
+        Some(call)
     }
 
     fn receive(&mut self) {
@@ -429,7 +434,6 @@ fn lock(pen: &Mutex<Pen>) -> MutexGuard<'_, Pen> {
 mod tests {
     use std::path::Path;
     use std::process::Command;
-    use std::time::Duration;
 
     use rusqlite::Connection;
     use tempfile::TempDir;
