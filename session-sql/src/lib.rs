@@ -35,6 +35,8 @@ mod handler;
 mod lock;
 #[cfg(feature = "mysql")]
 mod mysql;
+#[cfg(any(feature = "postgres", feature = "mysql"))]
+mod pieces;
 mod plain;
 #[cfg(feature = "postgres")]
 mod postgres;

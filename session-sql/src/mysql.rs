@@ -23,6 +23,7 @@ use crate::database::{
     Action, Alter, Busy, Database, Enter, Entered, Failure, Listed, Locked, Owner, REMEMBER, Remove, Renew, Waiter, holder,
     millis, span,
 };
+use crate::pieces::in_pieces;
 use crate::plain::Statement;
 use crate::transaction::Transactions;
 use anchor::Anchor;
@@ -452,13 +453,15 @@ impl Database for MySql {
 
     async fn gc(&self, limit: u32) -> Result<u64, Failure> {
         let [records, rest] = self.texts.gc(self.skips.load(Ordering::Relaxed));
-        let freed = |answers: Vec<link::Answer>| answers.first().map_or(0, |answer| answer.matched);
-        let expired = freed(self.link.ask(&[records], &Given { limit, ..Given::default() }).await?);
-        let limit = limit.saturating_sub(u32::try_from(expired).unwrap_or(u32::MAX));
-        if limit > 0 {
-            self.link.ask(&[rest], &Given { limit, ..Given::default() }).await?;
-        }
-        Ok(expired)
+        let freed = async |text, limit: u32| {
+            let answers = self.link.ask(&[text], &Given { limit, ..Given::default() }).await?;
+            let freed = answers.first().map_or(0, |answer| answer.matched);
+            Ok::<_, Failure>(u32::try_from(freed).unwrap_or(limit))
+        };
+        let expired = in_pieces(limit, |limit| freed(records, limit)).await?;
+        // What is left of others goes last, so that an answer of zero says that no record has expired.
+        in_pieces(limit - expired, |limit| freed(rest, limit)).await?;
+        Ok(u64::from(expired))
     }
 
     async fn list(&self, prefix: &str, after: Option<&str>, limit: u32) -> Result<Vec<Listed>, Failure> {

@@ -29,6 +29,7 @@ use crate::database::{
     Action, Alter, Busy, Database, Enter, Entered, Failure, Listed, Locked, Owner, Remove, Renew, Waiter, holder, millis,
     span,
 };
+use crate::pieces::in_pieces;
 use crate::plain::Statement;
 use crate::transaction::Transactions;
 use listener::{Leave, Listener};
@@ -300,10 +301,9 @@ impl Database for Postgres {
             let freed: i64 = rows.first().map_or(Ok(0), |row| field(row, 0))?;
             Ok::<_, Failure>(u32::try_from(freed).unwrap_or(limit))
         };
-        let expired = freed(records, limit).await?;
-        if expired < limit {
-            freed(rest, limit - expired).await?;
-        }
+        let expired = in_pieces(limit, |limit| freed(records, limit)).await?;
+        // What is left of others goes last, so that an answer of zero says that no record has expired.
+        in_pieces(limit - expired, |limit| freed(rest, limit)).await?;
         Ok(u64::from(expired))
     }
 
