@@ -6,7 +6,7 @@ use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sessionkit::{SessionId, Sessions};
 use tokio::sync::Mutex;
@@ -149,5 +149,10 @@ async fn opens_dropped_at_random_points_leave_no_lock_no_entry_and_no_file() {
         free.close().await.expect("closed");
     }
     assert_eq!(sessions.in_use(), (0, 0));
+    // A file that is kept for the next request of its session goes a second later.
+    let patience = Instant::now() + Duration::from_secs(10);
+    while open_files(dir.path()) != files && Instant::now() < patience {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     assert_eq!(open_files(dir.path()), files, "files are left open");
 }
