@@ -512,7 +512,7 @@ impl Database for MySql {
 
     async fn show_life(&self) {
         self.anchor.wanted(&self.link);
-        self.anchor.dropped().await;
+        self.anchor.shown().await;
     }
 
     fn transactions(self: Arc<Self>) -> Option<Arc<dyn Transactions>> {

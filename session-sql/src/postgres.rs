@@ -15,6 +15,7 @@ mod tests;
 mod transaction;
 
 use std::fmt;
+use std::slice;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -155,26 +156,6 @@ impl Postgres {
         Err(restless())
     }
 
-    async fn enter_judged(&self, entry: &Enter) -> Result<Vec<Option<Entered>>, Failure> {
-        for _ in 0..TURNS {
-            let entered = self.judge_entries(&[entry], &self.statements.enter.alone).await?;
-            if entered.iter().any(Option::is_some) {
-                return Ok(entered);
-            }
-        }
-        Err(restless())
-    }
-
-    async fn change_judged(&self, change: &Alter) -> Result<Vec<Option<Verdict>>, Failure> {
-        for _ in 0..TURNS {
-            let verdicts = self.judge_changes(&[change], &self.statements.change.alone).await?;
-            if verdicts.iter().any(Option::is_some) {
-                return Ok(verdicts);
-            }
-        }
-        Err(restless())
-    }
-
     /// Does a change of one session by its lean statement; says `None` if that found nothing to change.
     async fn change_one(&self, change: &Alter) -> Result<Option<Verdict>, Failure> {
         if let (Basis::Written(prev), Action::Write { id, .. }) = (change.basis, &change.action)
@@ -226,7 +207,9 @@ impl Database for Postgres {
         match entries {
             [entry] if entry.book == 0 && !entry.probe => Ok(vec![self.enter_one(entry).await?]),
             // On the heap, so that a lone request does not carry the room for it.
-            [entry] => Box::pin(self.enter_judged(entry)).await,
+            [entry] => {
+                Box::pin(in_turns(|| self.judge_entries(slice::from_ref(&entry), &self.statements.enter.alone))).await
+            }
             _ => Box::pin(self.enter_many(entries)).await,
         }
     }
@@ -235,7 +218,7 @@ impl Database for Postgres {
         let [change] = changes else { return Box::pin(self.change_many(changes)).await };
         match self.change_one(change).await? {
             Some(verdict) => Ok(vec![Some(verdict)]),
-            None => Box::pin(self.change_judged(change)).await,
+            None => Box::pin(in_turns(|| self.judge_changes(slice::from_ref(&change), &self.statements.change.alone))).await,
         }
     }
 
@@ -439,6 +422,20 @@ fn found(row: &PgRow, index: usize) -> Result<Found, Failure> {
         Some(data) if left > 0 => Found::Live { last, record: Record::new(data, Ttl::new(span(left))) },
         _ => Found::Buried { mark: last },
     })
+}
+
+/// Has a request judged, again as long as somebody else was a little faster.
+async fn in_turns<T, F>(judge: impl Fn() -> F) -> Result<Vec<Option<T>>, Failure>
+where
+    F: Future<Output = Result<Vec<Option<T>>, Failure>>,
+{
+    for _ in 0..TURNS {
+        let judged = judge().await?;
+        if judged.iter().any(Option::is_some) {
+            return Ok(judged);
+        }
+    }
+    Err(restless())
 }
 
 /// Somebody else was always a little faster.

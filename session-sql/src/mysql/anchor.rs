@@ -75,7 +75,7 @@ impl Anchor {
     }
 
     /// Waits until it holds, if somebody sees to that, for a moment at most.
-    pub(super) async fn dropped(&self) {
+    pub(super) async fn shown(&self) {
         let mut taken = std::pin::pin!(self.taken.notified());
         taken.as_mut().enable();
         if self.running.load(Ordering::Acquire) && self.held().is_none() {

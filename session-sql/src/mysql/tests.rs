@@ -250,6 +250,29 @@ async fn a_save_in_a_batch_hands_its_lock_to_the_next_in_line() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn whoever_leaves_is_told_whether_there_was_anything_to_leave() {
+    let database = database("leaving", |config| config).await;
+    record(&*database, "k").await;
+    record(&*database, "other").await;
+    let (holder, next, nobody) = (enter("k"), Enter { book: LEASE, ..enter("k") }, enter("k"));
+    database.enter(std::slice::from_ref(&holder)).await.unwrap();
+    database.enter(std::slice::from_ref(&next)).await.unwrap();
+    for (key, token, left) in [
+        ("k", nobody.token, false),
+        ("other", holder.token, false),
+        ("absent", holder.token, false),
+        ("k", next.token, true),
+        ("k", next.token, false),
+        ("k", holder.token, true),
+        ("k", holder.token, false),
+    ] {
+        assert_eq!(database.leave(key, token, true).await.unwrap(), left, "{key}");
+    }
+    let outcome = database.enter(std::slice::from_ref(&nobody)).await.unwrap();
+    assert!(matches!(&outcome[..], [Some(Entered::Granted { .. })]), "{outcome:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_locked_row_delays_only_itself() {
     let database = database("locked", |config| config).await;
     let mut saves = Vec::new();

@@ -6,12 +6,12 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use conformance_tests::servers::Postgres as Server;
-use session_core::leased::{Basis, Found, Then, Verdict, Want};
+use session_core::leased::{Basis, Found, Renewed, Then, Verdict, Want};
 use session_core::{Dsn, LeaseToken, Ttl, WriteId};
 
 use crate::config::{SqlConfig, SqlServer};
 use crate::connections::Connections;
-use crate::database::{Action, Alter, Database, Enter, Entered, Owner, Remove};
+use crate::database::{Action, Alter, Database, Enter, Entered, Owner, Remove, Renew};
 
 fn server() -> &'static Server {
     static SERVER: OnceLock<Server> = OnceLock::new();
@@ -297,6 +297,44 @@ async fn a_refusal_is_of_the_newest_state_and_not_of_an_older_snapshot() {
     }
     copy.query("COMMIT").unwrap();
     assert_eq!(repeat.await.unwrap().unwrap(), [Some(Verdict::AlreadyApplied)]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_leaves_is_told_whether_there_was_anything_to_leave() {
+    let database = database("leaving").await;
+    for key in ["k", "other"] {
+        database.change(&[write(key, Basis::Unseen, None, wid(), "old", Then::Close)]).await.unwrap();
+    }
+    let [holder, next, nobody] = [token(), token(), token()];
+    database.enter(&[enter("k", holder, Want::Existing)]).await.unwrap();
+    database.enter(&[Enter { book: 60_000, ..enter("k", next, Want::Existing) }]).await.unwrap();
+    for (key, token, left) in [
+        ("k", nobody, false),
+        ("other", holder, false),
+        ("absent", holder, false),
+        ("k", next, true),
+        ("k", next, false),
+        ("k", holder, true),
+        ("k", holder, false),
+    ] {
+        assert_eq!(database.leave(key, token, true).await.unwrap(), left, "{key}");
+    }
+    assert_eq!(said(&database.enter(&[enter("k", nobody, Want::Existing)]).await.unwrap()[0])[..7], *"granted");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_is_shown_from_the_first_lock_on_and_again_by_a_renewal() {
+    let database = database("shown").await;
+    database.show_life().await;
+    database.change(&[write("k", Basis::Unseen, None, wid(), "old", Then::Close)]).await.unwrap();
+    let holder = token();
+    database.enter(&[enter("k", holder, Want::Existing)]).await.unwrap();
+    let shown = || server().query("SELECT count(*) FROM shown WHERE lock_process IS NOT NULL").unwrap() == [["1"]];
+    assert!(shown());
+    server().query("UPDATE shown SET lock_process = NULL").unwrap();
+    let renewal = Renew { key: "k".into(), token: holder, lease: 60_000, protects: true };
+    assert_eq!(database.renew(&[renewal]).await.unwrap(), [Renewed::Renewed]);
+    assert!(shown());
 }
 
 // Each request is a future of its own on the heap, which is copied there: what only a rare one needs has no place in it.
