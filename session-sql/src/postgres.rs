@@ -318,15 +318,12 @@ impl Database for Postgres {
         if self.version().await?.is_some() {
             return Ok(());
         }
-        for statement in schema(&self.table, &self.index) {
-            let sql = AssertSqlSafe(statement).into_sql_str();
-            match self.ask(&sql, Parameters::new()).await {
-                // Two who make it at the same moment meet at the catalogue.
-                Err(failure) if self.version().await?.is_none() => return Err(failure),
-                _ => {}
-            }
+        let sql = AssertSqlSafe(schema(&self.table, &self.index)).into_sql_str();
+        match self.ask(&sql, Parameters::new()).await {
+            // Of two who make it at the same moment one is refused by the catalogue, once the other's is there as a whole.
+            Err(failure) if self.version().await?.is_none() => Err(failure),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     async fn check(&self) -> Result<(), Failure> {

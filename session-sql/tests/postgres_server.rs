@@ -41,12 +41,15 @@ async fn a_table_that_goes_away_under_a_handler_is_a_matter_of_configuration() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sixteen_handlers_that_make_the_table_at_once_all_find_it() {
-    let mut connecting = JoinSet::new();
-    for _ in 0..16 {
-        connecting.spawn(SqlHandler::connect(config(&server().url()).with_table("made_at_once")));
-    }
-    while let Some(connected) = connecting.join_next().await {
-        connected.unwrap().expect("one of them makes it");
+    for round in 0..12 {
+        let mut connecting = JoinSet::new();
+        for _ in 0..16 {
+            let table = format!("made_at_once_{round}");
+            connecting.spawn(SqlHandler::connect(config(&server().url()).with_table(table)));
+        }
+        while let Some(connected) = connecting.join_next().await {
+            connected.unwrap().expect("one of them makes it, and nobody sees it half made");
+        }
     }
 }
 
