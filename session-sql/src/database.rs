@@ -16,6 +16,7 @@
 //! | `lock_owner`, `lock_process` | the same in words, and the number of the process in its liveness lock |
 //! | `lock_handed` | 1 if the holder before gave the lock to this one by a clean release |
 //! | `want_token`, `want_until`, `want_process` | the one next in line, until when he counts, and whose process he is of |
+//! | `want_since` | since when he waits; on SQLite only |
 //!
 //! Instants are milliseconds since 1970 and spans milliseconds, by the clock of the database, so that no type, time zone or
 //! precision of a date comes in.
@@ -139,8 +140,10 @@ pub(crate) struct Enter {
     pub(crate) lease: i64,
     pub(crate) want: Want,
     /// How long the place next in line is to be kept, in milliseconds, if the lock is not free; zero books none. The place is open
-    /// if nobody has it, his time is over, or he is of this process.
+    /// if nobody has it, his time is over, or he is of this process; on SQLite also if he has come later.
     pub(crate) book: i64,
+    /// For how long this one has waited, in milliseconds.
+    pub(crate) waited: i64,
     /// Whether to ask if the process of the holder is still there, and to take the lock if it is not.
     pub(crate) probe: bool,
 }

@@ -257,6 +257,7 @@ impl Store {
             if probed.elapsed() >= LOOK {
                 (entry.probe, probed) = (true, Instant::now());
             }
+            entry.waited = millis(began.elapsed());
             let entered = match self.enter(&entry).await {
                 Ok(entered) => entered,
                 Err(failure) => {
@@ -498,7 +499,15 @@ impl Asking<'_> {
     }
 
     fn entry(&self, token: LeaseToken) -> Enter {
-        Enter { key: self.row.key.clone(), token, lease: millis(self.lease), want: self.want, book: 0, probe: false }
+        Enter {
+            key: self.row.key.clone(),
+            token,
+            lease: millis(self.lease),
+            want: self.want,
+            book: 0,
+            waited: 0,
+            probe: false,
+        }
     }
 }
 

@@ -43,7 +43,7 @@ fn name(change: &Alter) -> WriteId {
 }
 
 fn enter(key: &str) -> Enter {
-    Enter { key: key.into(), token: token(), lease: LEASE, want: Want::Existing, book: 0, probe: false }
+    Enter { key: key.into(), token: token(), lease: LEASE, want: Want::Existing, book: 0, waited: 0, probe: false }
 }
 
 /// Makes a record and returns its last write.

@@ -37,7 +37,7 @@ fn wid() -> WriteId {
 }
 
 fn enter(key: &str, token: LeaseToken, want: Want) -> Enter {
-    Enter { key: key.into(), token, lease: 60_000, want, book: 0, probe: false }
+    Enter { key: key.into(), token, lease: 60_000, want, book: 0, waited: 0, probe: false }
 }
 
 fn write(key: &str, basis: Basis, token: Option<LeaseToken>, id: WriteId, data: &str, then: Then) -> Alter {

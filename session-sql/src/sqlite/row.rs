@@ -8,6 +8,9 @@ use session_core::{LeaseToken, WriteId};
 
 use crate::database::{Action, Alter, Busy, CLAIM, Enter, Owner, REMEMBER, Remove, Renew, holder, millis, span};
 
+/// Who came at nearly the same time, in milliseconds, came together: clocks are read to the millisecond.
+const SAME: i64 = 2;
+
 /// Whose locks they are, and how others can see that he has ended, if they can.
 #[derive(Debug)]
 pub(super) struct Who {
@@ -48,6 +51,8 @@ pub(super) struct Next {
     pub(super) token: LeaseToken,
     pub(super) until: i64,
     pub(super) process: i64,
+    /// Since when he waits.
+    pub(super) since: i64,
 }
 
 /// What a request for a lock is told.
@@ -112,11 +117,18 @@ impl Row {
 
     fn book(&mut self, entry: &Enter, who: &Who, now: i64) -> Busy {
         let mine = self.next.as_ref().is_some_and(|next| next.token == entry.token);
-        let open = self.next.as_ref().is_none_or(|next| next.process == who.owner.process);
+        let since = now - entry.waited;
+        // Who has come later gives way. Else two processes that come again at once would book after each other for ever, since whoever
+        // waits for long looks less often.
+        let open = self
+            .next
+            .as_ref()
+            .is_none_or(|next| next.process == who.owner.process || since.saturating_add(SAME) < next.since);
         let booked = entry.book > 0 && (mine || open);
         // A place that has not lost half of its time need not be written anew with each question.
         if booked && !(mine && self.next.as_ref().is_some_and(|next| next.until - now > entry.book / 2)) {
-            self.next = Some(Next { token: entry.token, until: now + entry.book, process: who.owner.process });
+            let since = self.next.as_ref().filter(|_| mine).map_or(since, |next| next.since);
+            self.next = Some(Next { token: entry.token, until: now + entry.book, process: who.owner.process, since });
         }
         let lock = self.lock.as_ref().filter(|lock| lock.until > now);
         Busy {
@@ -273,5 +285,43 @@ impl Row {
             });
             self.remember(now);
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use session_core::leased::Want;
+
+    use super::*;
+
+    fn who(process: i64) -> Who {
+        let owner = Owner { text: format!("pid {process}"), process };
+        Who { owner, proven: true }
+    }
+
+    fn asks(token: LeaseToken, waited: i64) -> Enter {
+        Enter { key: "k".into(), token, lease: 60_000, want: Want::Any, book: 1500, waited, probe: false }
+    }
+
+    #[test]
+    fn the_place_next_in_line_is_of_who_has_waited_longest() {
+        let [holder, early, late, heir] = std::array::from_fn(|_| LeaseToken::random().unwrap());
+        let mut row = Row::default();
+        let mut enter = |entry: Enter, process, now| match row.enter(&entry, &who(process), now, |_| false) {
+            Answer::Granted { .. } => "granted",
+            Answer::Busy(busy) if busy.booked => "next",
+            Answer::Busy(_) => "behind",
+            Answer::Absent => "absent",
+        };
+        assert_eq!(enter(Enter { book: 0, ..asks(holder, 0) }, 1, 0), "granted");
+        assert_eq!(enter(asks(late, 1), 2, 100), "next", "nobody else has asked yet");
+        assert_eq!(enter(asks(early, 99), 3, 101), "next", "he waits since 2, the other since 99");
+        assert_eq!(enter(asks(late, 800), 2, 899), "behind", "he asks again, and has not come earlier for that");
+        assert_eq!(enter(asks(early, 898), 3, 900), "next");
+        assert_eq!(enter(asks(heir, 0), 3, 901), "next", "the tasks of a process share its place");
+        // Both came at nearly the same moment; clocks that are read twice decide nothing between them.
+        assert_eq!(enter(asks(late, 1), 2, 902), "behind");
+        assert_eq!(enter(asks(late, 2), 2, 902), "behind");
     }
 }

@@ -12,7 +12,7 @@ use session_core::{LeaseToken, Record, Ttl, WriteId};
 use super::row::{Answer, Lock, Next, Row, Who};
 use crate::database::{Action, Alter, Enter, Entered, Listed, Locked, Remove, Renew, holder, span};
 
-const COLUMNS: [&str; 15] = [
+const COLUMNS: [&str; 16] = [
     "id",
     "write_id",
     "expires_at",
@@ -27,6 +27,7 @@ const COLUMNS: [&str; 15] = [
     "want_token",
     "want_until",
     "want_process",
+    "want_since",
     "data",
 ];
 
@@ -93,6 +94,7 @@ impl Table {
                     want_token BLOB,
                     want_until INTEGER,
                     want_process INTEGER,
+                    want_since INTEGER,
                     data BLOB
                 ) STRICT;
                 CREATE INDEX IF NOT EXISTS main.\"{name}_expires\" ON {table} (expires_minute);"
@@ -212,14 +214,17 @@ impl Table {
             };
             let next = match name(row, 13)? {
                 None => None,
-                Some(token) => {
-                    Some(Next { token: LeaseToken::from_bytes(token), until: row.get(14)?, process: row.get(15)? })
-                }
+                Some(token) => Some(Next {
+                    token: LeaseToken::from_bytes(token),
+                    until: row.get(14)?,
+                    process: row.get(15)?,
+                    since: row.get(16)?,
+                }),
             };
             let write_id = name(row, 3)?.map(WriteId::from_bytes);
             let (number, data, expires_at) = (row.get(0)?, row.get(1)?, row.get(4)?);
             let before = Row { number, data, write_id, expires_at, lock, next };
-            Ok(Read { before, now: row.get(16)?, data: row.get(17)? })
+            Ok(Read { before, now: row.get(17)?, data: row.get(18)? })
         });
         match found.optional()? {
             Some(read) => Ok(read),
@@ -268,6 +273,7 @@ impl Table {
             &wanted,
             &next.map(|next| next.until),
             &next.map(|next| next.process),
+            &next.map(|next| next.since),
             &data,
         ];
         for (n, value) in values.iter().enumerate() {
