@@ -6,8 +6,8 @@ use std::any::Any;
 use std::cell::{Cell, OnceCell};
 use std::fs::{File, TryLockError};
 use std::io::Read;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
@@ -19,7 +19,7 @@ use crate::dir::{Dir, Plain, Stat, fault, stat};
 use crate::io::{Claim, SessionFile, gone, mark_waiting, read_head, write_at};
 use crate::layout::{HEADER, HOLDER_AT, Header};
 use crate::store::{Store, now, pooled, run};
-use crate::sync::SyncThreads;
+use crate::sync::{Job, SyncThreads};
 use crate::wait::{self, Attempt, deadline, in_line};
 
 /// A [`SessionLock`] by kernel locks on files in a directory, for handlers that have none of their own.
@@ -159,18 +159,18 @@ impl Grip {
     }
 
     /// Runs `work` on the file, on the blocking pool; there it runs to its end even if nobody waits for it.
-    async fn apply_on_pool<R: Send + 'static>(
+    async fn apply_on_pool<R: Send + Sync + 'static>(
         &mut self,
         work: impl FnOnce(Box<SessionFile>) -> (Option<Box<SessionFile>>, R) + Send + 'static,
     ) -> Result<Option<R>> {
         let Some(file) = self.take().await else { return Ok(None) };
-        let elsewhere = |job| drop(tokio::task::spawn_blocking(job));
+        let elsewhere = |job: Job| drop(tokio::task::spawn_blocking(|| job()()));
         self.send_off(elsewhere, move || work(file)).await.map(Some)
     }
 
     /// Runs `begin` on the file in place, and `finish` on what it leaves to be done, on a thread that waits for the disk; there it
     /// runs to its end even if nobody waits for it.
-    async fn apply_in_two<B: Send + 'static, R: Send + 'static>(
+    async fn apply_in_two<B: Send + 'static, R: Send + Sync + 'static>(
         &mut self,
         threads: &SyncThreads,
         begin: impl FnOnce(Box<SessionFile>) -> Half<B, R>,
@@ -185,7 +185,7 @@ impl Grip {
             Half::Begun(file, begun) => {
                 let elsewhere = |job| {
                     if let Err(job) = threads.run(job) {
-                        drop(tokio::task::spawn_blocking(job));
+                        drop(tokio::task::spawn_blocking(|| job()()));
                     }
                 };
                 self.send_off(elsewhere, move || finish(file, begun)).await.map(Some)
@@ -194,22 +194,25 @@ impl Grip {
     }
 
     /// Has `work` done elsewhere and waits for it; meanwhile, and if nobody waits, this is busy.
-    async fn send_off<R: Send + 'static>(
+    async fn send_off<R: Send + Sync + 'static>(
         &mut self,
-        elsewhere: impl FnOnce(Box<dyn FnOnce() + Send>),
+        elsewhere: impl FnOnce(Job),
         work: impl FnOnce() -> (Option<Box<SessionFile>>, R) + Send + 'static,
     ) -> Result<R> {
         let (give, back) = oneshot::channel();
-        let (answer, answered) = oneshot::channel();
+        let answer = Arc::new(OnceLock::new());
         *self = Self::Busy(back);
+        let answered = Arc::clone(&answer);
         elsewhere(Box::new(move || {
             let (file, result) = work();
-            // Nobody may be waiting for them any more.
-            let _ = answer.send(result);
-            let _ = give.send(file);
+            let _ = answered.set(result);
+            drop(answered);
+            // Nobody may be waiting for it any more.
+            Box::new(move || drop(give.send(file)))
         }));
         *self = self.take().await.map_or(Self::Empty, Self::Idle);
-        answered.await.map_err(|_| Error::new(ErrorKind::Unknown, "file", "the process ended before the call did"))
+        let answer = Arc::into_inner(answer).and_then(OnceLock::into_inner);
+        answer.ok_or_else(|| Error::new(ErrorKind::Unknown, "file", "the process ended before the call did"))
     }
 }
 
@@ -256,7 +259,7 @@ impl Hold {
     }
 
     /// Runs `begin` on the file in place, and `finish` on a thread that waits for the disk; `None` if there is no file any more.
-    pub(crate) async fn in_two<B: Send + 'static, R: Send + 'static>(
+    pub(crate) async fn in_two<B: Send + 'static, R: Send + Sync + 'static>(
         &mut self,
         threads: &SyncThreads,
         begin: impl FnOnce(Box<SessionFile>) -> Half<B, R>,
@@ -269,7 +272,7 @@ impl Hold {
     }
 
     /// Runs `work` on the file, where `io` says; `None` if there is none any more.
-    pub(crate) async fn run<R: Send + 'static>(
+    pub(crate) async fn run<R: Send + Sync + 'static>(
         &mut self,
         io: Io,
         heavy: bool,

@@ -4,36 +4,53 @@
 //! more than the disk does. These threads look for more work for a moment before they sleep, and give way to others while they
 //! look: the task whose write has just reached the disk is then often back with its next one.
 //!
+//! What came of it is told to a task that was alone by a [`Courier`].
+//!
 //! Nothing here knows what is written, or where.
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use crate::courier::{Courier, Delivery, Mail};
+
 /// How many wait for the disk at the same time. It serves what comes at once together, so more gain little.
 const MOST: usize = 16;
-/// How often a thread that has nothing to do gives way before it sleeps: some ten microseconds, if nobody else wants the processor.
-const LOOKS: u32 = 32;
+/// How often a thread that has nothing to do gives way before it sleeps: less than a hundred microseconds, if nobody else wants the
+/// processor. To wake a thread costs the others more than that it looks.
+const LOOKS: u32 = 128;
 /// A thread that slept this long ends.
 const IDLE: Duration = Duration::from_secs(10);
 
-type Job = Box<dyn FnOnce() + Send>;
+/// Waits for the disk, and returns what tells of it.
+pub(crate) type Job = Box<dyn FnOnce() -> Delivery + Send>;
+
+/// A job, and who brings back what came of it.
+type Errand = (Job, Option<Arc<Mail>>);
 
 /// The threads, which begin with the work and end without it.
-pub(crate) struct SyncThreads(Arc<Shared>);
+pub(crate) struct SyncThreads {
+    shared: Arc<Shared>,
+    courier: Courier,
+}
 
 #[derive(Default)]
 struct Shared {
+    /// The length of `jobs`, for those who look.
+    waiting: AtomicUsize,
+    /// The jobs that wait or are at work.
+    busy: AtomicUsize,
     state: Mutex<State>,
     work: Condvar,
 }
 
 #[derive(Default)]
 struct State {
-    jobs: VecDeque<Job>,
+    jobs: VecDeque<Errand>,
     threads: usize,
     /// How many of the threads look for work, and will once more before they sleep.
     looking: usize,
@@ -46,13 +63,17 @@ struct State {
 
 impl SyncThreads {
     pub(crate) fn new() -> Self {
-        Self(Arc::default())
+        Self { shared: Arc::default(), courier: Courier::default() }
     }
 
-    /// Has `job` done soon, and to its end; returns it if there is no thread to be had.
+    /// Has `job` done soon, and to its end, and told; returns it if there is no thread to be had.
     pub(crate) fn run(&self, job: Job) -> Result<(), Job> {
-        let mut state = self.0.state();
-        state.jobs.push_back(job);
+        // Where several wait, some worker is mostly awake, and finds what it is told without being rung for.
+        let alone = self.shared.busy.fetch_add(1, Ordering::Relaxed) == 0;
+        let mail = if alone { self.courier.mail() } else { None };
+        let mut state = self.shared.state();
+        state.jobs.push_back((job, mail));
+        self.shared.waiting.store(state.jobs.len(), Ordering::Relaxed);
         if state.jobs.len() <= state.looking + state.woken {
             return Ok(());
         }
@@ -60,15 +81,20 @@ impl SyncThreads {
             state.sleeping -= 1;
             state.woken += 1;
             drop(state);
-            self.0.work.notify_one();
+            self.shared.work.notify_one();
             return Ok(());
         }
         if state.threads < MOST {
-            let shared = Arc::clone(&self.0);
+            let shared = Arc::clone(&self.shared);
             let started = thread::Builder::new().name("session-sync".into()).spawn(move || shared.serve());
             match started {
                 Ok(_) => state.threads += 1,
-                Err(_) if state.threads == 0 => return state.jobs.pop_back().map_or(Ok(()), Err),
+                Err(_) if state.threads == 0 => {
+                    let job = state.jobs.pop_back();
+                    self.shared.waiting.store(state.jobs.len(), Ordering::Relaxed);
+                    self.shared.busy.fetch_sub(1, Ordering::Relaxed);
+                    return job.map_or(Ok(()), |(job, _)| Err(job));
+                }
                 Err(error) => {
                     tracing::debug!(%error, "no further thread to wait for the disk; those that are there have to do")
                 }
@@ -80,44 +106,54 @@ impl SyncThreads {
 
 impl Drop for SyncThreads {
     fn drop(&mut self) {
-        self.0.state().closed = true;
-        self.0.work.notify_all();
+        self.shared.state().closed = true;
+        self.shared.work.notify_all();
     }
 }
 
 impl fmt::Debug for SyncThreads {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SyncThreads").field("threads", &self.0.state().threads).finish_non_exhaustive()
+        f.debug_struct("SyncThreads").field("threads", &self.shared.state().threads).finish_non_exhaustive()
     }
 }
 
 impl Shared {
     fn serve(&self) {
-        while let Some(job) = self.next() {
+        while let Some((job, mail)) = self.next() {
             // Whoever waits for a job that panics is told by what it drops; the thread has others to serve.
-            let _ = panic::catch_unwind(AssertUnwindSafe(job));
+            let told = panic::catch_unwind(AssertUnwindSafe(job));
+            self.busy.fetch_sub(1, Ordering::Relaxed);
+            let Ok(tell) = told else { continue };
+            match mail {
+                Some(mail) => mail.hand(tell),
+                None => tell(),
+            }
         }
     }
 
     /// Returns the next job, or nothing if there was none for long; then this thread is not counted any more.
-    fn next(&self) -> Option<Job> {
+    fn next(&self) -> Option<Errand> {
         let mut state = self.state();
-        if let Some(job) = state.jobs.pop_front() {
+        if let Some(job) = self.take(&mut state) {
             return Some(job);
         }
         state.looking += 1;
+        drop(state);
         for _ in 0..LOOKS {
-            drop(state);
             thread::yield_now();
-            state = self.state();
-            if !state.jobs.is_empty() {
-                break;
+            if self.waiting.load(Ordering::Relaxed) > 0 {
+                let mut state = self.state();
+                if let Some(job) = self.take(&mut state) {
+                    state.looking -= 1;
+                    return Some(job);
+                }
             }
         }
+        let mut state = self.state();
         state.looking -= 1;
         let mut slept = false;
         loop {
-            if let Some(job) = state.jobs.pop_front() {
+            if let Some(job) = self.take(&mut state) {
                 return Some(job);
             }
             if state.closed || slept {
@@ -136,6 +172,12 @@ impl Shared {
         }
     }
 
+    fn take(&self, state: &mut State) -> Option<Errand> {
+        let job = state.jobs.pop_front()?;
+        self.waiting.store(state.jobs.len(), Ordering::Relaxed);
+        Some(job)
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         // No job runs while this is held.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -144,7 +186,6 @@ impl Shared {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc;
 
     use super::*;
@@ -156,12 +197,12 @@ mod tests {
         let (running, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         for round in 0..400u64 {
             let (done, running, most) = (done.clone(), Arc::clone(&running), Arc::clone(&most));
-            let job = Box::new(move || {
+            let job: Job = Box::new(move || {
                 most.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
                 // As a disk does, and now and then long enough for the others to have gone to sleep.
                 thread::sleep(Duration::from_micros(round % 7 * 100));
                 running.fetch_sub(1, Ordering::SeqCst);
-                done.send(round).unwrap();
+                Box::new(move || done.send(round).unwrap())
             });
             assert!(threads.run(job).is_ok());
             if round % 50 == 0 {
@@ -184,7 +225,7 @@ mod tests {
             assert!(threads.run(Box::new(|| std::panic::resume_unwind(Box::new("on purpose")))).is_ok());
         }
         let (done, all) = mpsc::channel();
-        assert!(threads.run(Box::new(move || done.send(()).unwrap())).is_ok());
+        assert!(threads.run(Box::new(|| Box::new(move || done.send(()).unwrap()))).is_ok());
         all.recv_timeout(Duration::from_secs(10)).unwrap();
     }
 }

@@ -244,8 +244,10 @@ pub(crate) fn count_descriptors(dir: &Path) {
     runtime.block_on(async {
         let handler = FileHandler::open_dir(FileConfig::new(dir).with_durability(Durability::Data)).unwrap();
         let id = create(&handler, record("old")).await;
+        // The descriptor by which a task is told what the disk has is opened by the first save that is alone, and kept; the one that
+        // watches, by the first who waits.
+        open(&handler, &id, patient()).await.save(&Change::Write(record("old")), wid()).await.unwrap();
         let mut holder = open(&handler, &id, patient()).await;
-        // The descriptor that watches is opened by the first who waits, and kept.
         assert!(handler.open(&id, &brief_wait()).await.is_err());
         let before = descriptors();
         for round in 0..100u64 {
