@@ -54,6 +54,20 @@ async fn sixteen_handlers_that_make_the_table_at_once_all_find_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_whose_index_cannot_have_its_name_is_not_made_at_all() {
+    let made = config(&server().url()).with_table("moved");
+    connect(made.clone()).await;
+    // The index keeps its name.
+    server().query("ALTER TABLE moved RENAME TO moved_away").unwrap();
+    let error = SqlHandler::connect(made.clone()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config);
+    assert!(error.to_string().contains("_expires, is taken"), "{error}");
+    assert_eq!(value(server(), "SELECT count(*) FROM pg_class WHERE relname = 'moved'"), "0");
+    server().query("ALTER INDEX moved_expires RENAME TO moved_away_expires").unwrap();
+    connect(made).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_table_of_another_schema_is_refused() {
     server().query("CREATE TABLE strange (id text PRIMARY KEY); GRANT ALL ON strange TO sessionkit").unwrap();
     for create in [false, true] {

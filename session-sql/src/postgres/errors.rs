@@ -77,6 +77,11 @@ fn refused(error: &PgDatabaseError) -> Told {
         "42703" | "42P10" | "42804" | "42883" | "42P18" => {
             told(Config, "the table is not one that this version can use; take another one with table=")
         }
+        "42P07" => told(
+            Config,
+            "the table cannot be made: the name of its index, which is its own and _expires, is taken; rename that, or take another \
+             table with table=",
+        ),
         "42501" => told(Config, "the user may not do this; grant SELECT, INSERT, UPDATE and DELETE on the table"),
         "28000" | "28P01" => told(Config, "the database server refuses the user or the password"),
         "3D000" => told(Config, "there is no such database"),
