@@ -88,6 +88,7 @@ impl Proxy {
             connections: AtomicU64::new(0),
             open: AtomicU64::new(0),
             trips: AtomicU64::new(0),
+            unanswered: AtomicU64::new(0),
             frozen: watch::Sender::new(false),
             cut_all: watch::Sender::new(0),
         });
@@ -221,8 +222,8 @@ impl Proxy {
         self.shared.open.load(Ordering::SeqCst)
     }
 
-    /// Waits until no byte has passed for `length`: what a first use does in the background, such as to make another connection, is
-    /// over then. Returns whether there was such a silence within `limit`.
+    /// Waits until no byte has passed for `length` and nothing is unanswered: what a first use does in the background, such as to make
+    /// another connection, is over then, however long the server takes for it. Returns whether there was such a silence within `limit`.
     pub async fn silence(&self, length: Duration, limit: Duration) -> bool {
         let passed = || [Direction::ToServer, Direction::ToClient].map(|way| self.bytes(way));
         let until = Instant::now() + limit;
@@ -230,7 +231,7 @@ impl Proxy {
         loop {
             sleep_until(since + length).await;
             let now = passed();
-            if now == last {
+            if now == last && self.shared.unanswered.load(Ordering::SeqCst) == 0 {
                 return true;
             }
             (last, since) = (now, Instant::now());
@@ -334,6 +335,8 @@ struct Shared {
     connections: AtomicU64,
     open: AtomicU64,
     trips: AtomicU64,
+    /// The connections on which the server has the next word: it was asked, or has not said yet that it is there.
+    unanswered: AtomicU64,
     frozen: watch::Sender<bool>,
     cut_all: watch::Sender<u64>,
 }
@@ -399,6 +402,8 @@ struct Flight {
     seen: [u64; 2],
     /// Whether the last bytes went to the server.
     asking: bool,
+    /// Whether the last bytes came from the server; there may have been none yet.
+    answered: bool,
     /// Nothing more passes in this direction.
     mute: [bool; 2],
     /// The reply that is coming is swallowed, until the client sends again.
@@ -428,6 +433,11 @@ enum Parcel {
 }
 
 impl Connection {
+    fn new(shared: &Arc<Shared>) -> Arc<Self> {
+        shared.unanswered.fetch_add(1, Ordering::SeqCst);
+        Arc::new(Self { shared: Arc::clone(shared), flight: Mutex::default(), over: Notify::new() })
+    }
+
     fn judge(&self, direction: Direction, chunk: &[u8]) -> Verdict {
         let way = direction as usize;
         self.shared.bytes[way].fetch_add(chunk.len() as u64, Ordering::SeqCst);
@@ -444,6 +454,9 @@ impl Connection {
                 if !std::mem::replace(&mut flight.asking, true) {
                     self.shared.trips.fetch_add(1, Ordering::SeqCst);
                 }
+                if std::mem::take(&mut flight.answered) {
+                    self.shared.unanswered.fetch_add(1, Ordering::SeqCst);
+                }
                 flight.reply_swallowed = false;
                 if let Some((copy, _)) = &mut flight.copy {
                     copy.extend_from_slice(chunk);
@@ -457,6 +470,9 @@ impl Connection {
             }
             Direction::ToClient => {
                 flight.asking = false;
+                if !std::mem::replace(&mut flight.answered, true) {
+                    self.shared.unanswered.fetch_sub(1, Ordering::SeqCst);
+                }
                 if let Some((copy, sender)) = flight.copy.take() {
                     // Whoever waited for it may have gone, which is no fault of the connection.
                     let _ = sender.send(copy);
@@ -496,6 +512,14 @@ impl Connection {
     }
 }
 
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if !lock(&self.flight).answered {
+            self.shared.unanswered.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
 fn contains(chunk: &[u8], needle: &[u8]) -> bool {
     needle.is_empty() || chunk.windows(needle.len()).any(|window| window == needle)
 }
@@ -528,12 +552,12 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 }
 
 async fn serve(client: TcpStream, shared: &Arc<Shared>, mut cut: watch::Receiver<u64>) {
+    let connection = Connection::new(shared);
     let Ok(server) = TcpStream::connect(&shared.upstream).await else { return };
     // A proxy that waits for more bytes would measure its own delay.
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let (client_read, client_write) = client.into_split();
     let (server_read, server_write) = server.into_split();
-    let connection = Arc::new(Connection { shared: Arc::clone(shared), flight: Mutex::default(), over: Notify::new() });
     let mut pumps = JoinSet::new();
     for (direction, read, write) in
         [(Direction::ToServer, client_read, server_write), (Direction::ToClient, server_read, client_write)]

@@ -153,6 +153,27 @@ async fn a_round_trip_is_a_flight_however_many_requests_or_packets_it_has() -> i
 }
 
 #[tokio::test]
+async fn there_is_no_silence_while_the_server_has_the_next_word() -> io::Result<()> {
+    let (_toy, proxy) = pair().await?;
+    let silence = || proxy.silence(Duration::from_millis(20), SOON);
+    assert!(silence().await, "nobody is there");
+    let mut client = Client::connect(&proxy).await?;
+    assert!(!silence().await, "nothing has been said on a new connection");
+    assert_eq!(client.ask("one").await?, "re:one\n");
+    assert!(silence().await, "all is answered");
+    client.send("tw").await?;
+    assert!(!silence().await, "half a request is not answered");
+    client.send("o\n").await?;
+    assert_eq!(client.line().await?, "re:two\n");
+    let mut other = Client::connect(&proxy).await?;
+    other.send("thr").await?;
+    assert!(!silence().await, "the other is not answered");
+    drop(other);
+    assert!(silence().await, "nobody waits for an answer any more");
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_cut_lets_exactly_so_many_bytes_of_a_request_pass() -> io::Result<()> {
     let request = "12\n45\n";
     for bytes in 0..=6 {
