@@ -151,13 +151,16 @@ pub struct Limits {
     pub alone: usize,
     /// How many are in flight at a time: two, so that the store works on one while the answers of the other are read.
     pub flights: usize,
+    /// A batch goes beside those of its class that are under way if these have at most so many times its members: once, for a store
+    /// to which a small batch is as much work as a large one. The larger, the sooner a batch goes, and the smaller it is.
+    pub beside: usize,
     /// How many are sent again alone at a time, beside those in flight: four.
     pub again: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { members: 64, bytes: 256 << 10, alone: 64 << 10, flights: 2, again: 4 }
+        Self { members: 64, bytes: 256 << 10, alone: 64 << 10, flights: 2, beside: 1, again: 4 }
     }
 }
 
@@ -167,8 +170,9 @@ impl Default for Limits {
 /// * Whatever finds a free place in flight is sent at once, by its caller's task. The rest waits until a flight ends, which
 ///   takes the oldest with it. What goes alone is again sent by its caller; a batch of several has a task of its own, on a runtime of
 ///   one of its callers, so that no caller can delay or drop the others.
-/// * A batch goes beside one of its class only if it is as large: a lone operation beside a lone one, but not one beside forty. The
-///   store does nearly the same for a batch of one as for one of forty, and one that waits meets those who come again.
+/// * A batch goes beside one of its class only if it is as large, or as large a part of it as [`Limits::beside`] says: a lone operation
+///   beside a lone one, but not one beside forty. The store does nearly the same for a batch of one as for one of forty, and one that
+///   waits meets those who come again.
 /// * Saves go before opens. After eight batches of saves that passed a waiting open, one batch of opens goes.
 /// * An operation whose caller has gone is taken out. What waits is therefore bounded by the callers.
 ///
@@ -185,6 +189,7 @@ impl<B: Batch> Collector<B> {
         let limits = Limits {
             members: limits.members.max(1),
             flights: limits.flights.max(1),
+            beside: limits.beside.max(1),
             again: limits.again.clamp(1, Semaphore::MAX_PERMITS),
             ..limits
         };
@@ -262,8 +267,8 @@ struct Shared<B: Batch> {
     state: Mutex<State<B>>,
 }
 
-/// Whenever the mutex is free and something waits in a lane, all places in flight are taken, or more of its class are under way
-/// than wait, or somebody is departing.
+/// Whenever the mutex is free and something waits in a lane, all places in flight are taken, or so many of its class are under way
+/// that it does not go beside them, or somebody is departing.
 struct State<B: Batch> {
     in_flight: usize,
     /// The operations in flight, by class.
@@ -305,7 +310,7 @@ impl<B: Batch> Shared<B> {
     fn enter(shared: &Arc<Self>, class: Class, key: B::Key, bytes: usize, op: B::Op) -> Entry<B> {
         let mut state = shared.lock();
         let waits = state.sessions.contains_key(&key) || state.lanes.iter().any(|lane| !lane.is_empty());
-        if !waits && state.in_flight < shared.limits.flights && state.under_way[class as usize] <= 1 {
+        if !waits && state.in_flight < shared.limits.flights && state.goes(1, class, &shared.limits) {
             state.set_out(class, 1);
             state.sessions.insert(key.clone(), VecDeque::new());
             drop(state);
@@ -400,7 +405,7 @@ impl<B: Batch> State<B> {
         if self.in_flight >= limits.flights {
             return None;
         }
-        let class = match [Class::Save, Class::Open].map(|class| self.is_due(class)) {
+        let class = match [Class::Save, Class::Open].map(|class| self.is_due(class, limits)) {
             [false, false] => return None,
             [true, _] if self.lanes[Class::Open as usize].is_empty() => Class::Save,
             [true, due] if !due || self.passed < PASSED => {
@@ -431,11 +436,16 @@ impl<B: Batch> State<B> {
         Some(batch)
     }
 
-    /// Whether what waits of this class goes as soon as there is a place. A second batch beside one under way only goes if it is
-    /// as large: the store does the same work for a small one, and those in the first come again soon.
-    fn is_due(&self, class: Class) -> bool {
+    /// Whether what waits of this class goes as soon as there is a place.
+    fn is_due(&self, class: Class, limits: &Limits) -> bool {
         let waiting = self.lanes[class as usize].len();
-        waiting > 0 && waiting >= self.under_way[class as usize]
+        waiting > 0 && self.goes(waiting, class, limits)
+    }
+
+    /// Whether so many go beside those of their class that are under way. The store does the same work for a few, and those under way
+    /// come again soon.
+    fn goes(&self, count: usize, class: Class, limits: &Limits) -> bool {
+        count.saturating_mul(limits.beside) >= self.under_way[class as usize]
     }
 
     fn set_out(&mut self, class: Class, count: usize) {

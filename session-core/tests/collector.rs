@@ -288,6 +288,28 @@ async fn a_second_batch_goes_beside_one_of_its_class_as_soon_as_it_is_as_large()
 }
 
 #[tokio::test]
+async fn a_store_may_let_half_as_large_a_batch_go_beside_one_of_its_class() {
+    let mut limits = Limits::default();
+    limits.beside = 2;
+    let collector = collector_with(limits, |members| Ok(done(members)));
+    let lone = occupy(&collector).await;
+    let mut saves: Vec<_> = (0..10).map(|n| submit(&collector, Save, n)).collect();
+    settle().await;
+    let_in(&collector, 2).await;
+    saves.extend((10..14).map(|n| submit(&collector, Save, n)));
+    settle().await;
+    assert_eq!(numbers(&collector), [(0..10).collect::<Vec<_>>()], "four do not go beside ten, though there is a place");
+    saves.push(submit(&collector, Save, 14));
+    settle().await;
+    assert_eq!(numbers(&collector)[1..], [(10..15).collect::<Vec<_>>()], "five do");
+    let_in(&collector, 2).await;
+    for task in saves.into_iter().chain(lone) {
+        task.await.unwrap().unwrap();
+    }
+    assert!(is_idle(&collector));
+}
+
+#[tokio::test]
 async fn whoever_waits_beside_a_large_batch_of_his_class_keeps_nobody_of_the_other_and_goes_when_it_lands() {
     let collector = obedient();
     let lone = occupy(&collector).await;

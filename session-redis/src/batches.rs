@@ -23,8 +23,11 @@ use crate::servers::Servers;
 use crate::store::command;
 
 /// How many flights are under way at a time: the server works on one while others are written, are read, or cross the network. Of
-/// many small ones few are needed before they grow, since a flight goes beside another only if it is as large.
-const FLIGHTS: usize = 8;
+/// many small ones few are needed before they grow, since a flight goes beside others only if it is a good part of them.
+const FLIGHTS: usize = 16;
+/// A flight goes beside others that have at most so many times its members: work for this server is by the member more than by the
+/// flight, so while it is at some of them the next shall be on their way.
+const BESIDE: usize = 2;
 
 /// The way to a server for what may travel together.
 pub(crate) struct Batches {
@@ -96,6 +99,7 @@ impl Batches {
     pub(crate) fn new(servers: Arc<Servers>, scripts: Arc<Scripts>) -> Self {
         let mut limits = Limits::default();
         limits.flights = FLIGHTS;
+        limits.beside = BESIDE;
         let server = ToServer { servers, scripts, silences: AtomicU64::new(0) };
         Self { collector: Collector::new(server, limits), next: AtomicU64::new(0) }
     }
