@@ -1,12 +1,12 @@
 //! What goes on behind the requests of one [`Sessions`](crate::Sessions): closing what was dropped, renewing what is held,
-//! finishing what nobody waits for any more.
+//! finishing what nobody waits for any more, or looks at.
 //!
 //! One task, started by the first open, and anew if its runtime has gone. It holds on to nothing but weak references, so it ends
 //! with the last clone of its `Sessions`.
 
 use std::collections::HashMap;
 use std::fmt;
-use std::pin::Pin;
+use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -17,25 +17,35 @@ use tokio::time::Instant;
 use crate::error::{Error, ErrorKind, Result};
 use crate::handler::OpenSession;
 use crate::lock::{Held, Lease, SessionLock};
+use crate::owned::{Carried, PATIENCE, Watch, owned};
 use crate::queue::Turn;
 
-type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
 /// Leases of one lock, renewed together.
 type Batch = (Arc<dyn SessionLock>, Vec<Arc<Lease>>);
 
 pub(crate) struct Janitor {
-    sender: Mutex<Option<mpsc::UnboundedSender<Message>>>,
+    sender: Arc<Mutex<Option<mpsc::UnboundedSender<Message>>>>,
     renewals: Arc<Renewals>,
+    watch: Arc<Watch>,
 }
 
 enum Message {
-    Run(Work),
+    Run(Carried),
+    Carry(Carried),
     Drain(oneshot::Sender<()>),
 }
 
 impl Janitor {
     pub(crate) fn new(max_hold: Duration) -> Arc<Self> {
-        Arc::new(Self { sender: Mutex::new(None), renewals: Arc::new(Renewals::new(max_hold)) })
+        let sender: Arc<Mutex<Option<mpsc::UnboundedSender<Message>>>> = Arc::default();
+        // Weak, because the task that looks after the operations ends with the sender.
+        let to = Arc::downgrade(&sender);
+        let watch = Watch::new(move |carried| {
+            if let Some(sender) = to.upgrade().and_then(|sender| guard(&sender).clone()) {
+                let _ = sender.send(Message::Carry(carried));
+            }
+        });
+        Arc::new(Self { sender, renewals: Arc::new(Renewals::new(max_hold)), watch: Arc::new(watch) })
     }
 
     /// Makes sure that a task serves on a living runtime.
@@ -48,7 +58,7 @@ impl Janitor {
             Error::new(ErrorKind::Config, "open", "sessions work on a tokio runtime; none is running").with_source(e)
         })?;
         let (new, receiver) = mpsc::unbounded_channel();
-        runtime.spawn(serve(receiver, Arc::clone(&self.renewals)));
+        runtime.spawn(serve(receiver, Arc::clone(&self.renewals), Arc::clone(&self.watch)));
         *sender = Some(new);
         Ok(())
     }
@@ -70,6 +80,19 @@ impl Janitor {
         }
     }
 
+    /// Runs `work` to its end, whoever drops or forgets it, and returns what came of it.
+    pub(crate) fn owned<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> impl Future<Output = Result<T>> + Send {
+        owned(&self.watch, work)
+    }
+
+    /// What looks after operations that their callers drive.
+    pub(crate) fn watch(&self) -> &Arc<Watch> {
+        &self.watch
+    }
+
     /// The number of leases under renewal.
     pub(crate) fn renewing(&self) -> usize {
         guard(&self.renewals.table).entries.len()
@@ -82,38 +105,53 @@ impl fmt::Debug for Janitor {
     }
 }
 
-async fn serve(mut receiver: mpsc::UnboundedReceiver<Message>, renewals: Arc<Renewals>) {
+async fn serve(mut receiver: mpsc::UnboundedReceiver<Message>, renewals: Arc<Renewals>, watch: Arc<Watch>) {
     let mut tasks = JoinSet::new();
     let mut wake = renewals.next(Instant::now());
+    // Whatever began under a task whose runtime has gone is looked after from now on.
+    let mut look = Some(Instant::now());
     loop {
-        let timer = async {
-            match wake {
-                Some(at) => tokio::time::sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             message = receiver.recv() => match message {
                 Some(Message::Run(work)) => {
                     tasks.spawn(work);
                 }
+                Some(Message::Carry(work)) => drop(tokio::spawn(work)),
                 Some(Message::Drain(done)) => {
-                    while tasks.join_next().await.is_some() {}
-                    let _ = done.send(());
+                    // Beside this task, which has leases to renew meanwhile.
+                    let mut before = mem::take(&mut tasks);
+                    tokio::spawn(async move {
+                        while before.join_next().await.is_some() {}
+                        let _ = done.send(());
+                    });
                 }
                 None => break,
             },
-            () = timer => {
+            () = until(wake) => {
                 for (lock, leases) in renewals.due(Instant::now()) {
                     tasks.spawn(renew(lock, leases));
                 }
                 wake = renewals.next(Instant::now());
             }
             () = renewals.earlier.notified() => wake = renewals.next(Instant::now()),
+            () = until(look) => {
+                let now = Instant::now();
+                let taken = watch.look(now);
+                look = taken.is_some().then(|| now + PATIENCE);
+                taken.into_iter().flatten().for_each(|work| drop(tokio::spawn(work)));
+            }
+            () = watch.begun() => look = Some(Instant::now() + PATIENCE),
             Some(_) = tasks.join_next() => {}
         }
     }
     while tasks.join_next().await.is_some() {}
+}
+
+async fn until(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn renew(lock: Arc<dyn SessionLock>, leases: Vec<Arc<Lease>>) {
@@ -284,23 +322,6 @@ impl fmt::Debug for Opening {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Opening").field("inner", &self.inner).finish_non_exhaustive()
     }
-}
-
-/// Runs `future` to its end even if the caller stops waiting: polled once in place, which is all that most need, and moved to
-/// a task of its own only if it has to wait. A result that nobody takes any more is dropped, and cleans up after itself.
-pub(crate) async fn owned<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> Result<T> {
-    let mut future = Box::pin(future);
-    let first = std::future::poll_fn(|context| std::task::Poll::Ready(future.as_mut().poll(context))).await;
-    if let std::task::Poll::Ready(value) = first {
-        return Ok(value);
-    }
-    let (sender, receiver) = oneshot::channel();
-    tokio::spawn(async move {
-        let _ = sender.send(future.await);
-    });
-    receiver.await.map_err(|_| {
-        Error::new(ErrorKind::Unknown, "session", "the task of this operation ended before it answered (panic or shutdown)")
-    })
 }
 
 fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -21,6 +21,7 @@ mod locked;
 mod memory;
 mod merge;
 mod observe;
+mod owned;
 mod queue;
 mod record;
 mod seal;

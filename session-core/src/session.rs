@@ -6,15 +6,14 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::oneshot;
 
 use crate::codec::ValueCodec;
 use crate::commit::{Mode, NewId, Then, Work};
 use crate::envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::id::SessionId;
-use crate::janitor::owned;
 use crate::merge::{Redo, lay_over};
+use crate::owned::{Begun, Owned, begin};
 use crate::sessions::Sessions;
 use crate::values::Values;
 use crate::view::SessionView;
@@ -41,7 +40,7 @@ pub struct Session {
 /// A save under way, whose future may have been dropped.
 struct Saving {
     sent: Values,
-    answer: oneshot::Receiver<(Work, Result<()>)>,
+    answer: Owned<(Work, Result<()>)>,
 }
 
 impl Session {
@@ -275,7 +274,7 @@ impl Session {
         self.work.data.values.clear();
         self.work.base = None;
         match self.work.opening.take() {
-            Some(opening) => owned(opening.close()).await?,
+            Some(opening) => self.sessions.core.janitor.owned(opening.close()).await?,
             None => Ok(()),
         }
     }
@@ -294,15 +293,18 @@ impl Session {
         self.work.data.values.clear();
         let opening = self.work.opening.take();
         let stored = self.work.base.take().is_some() || opening.is_some();
-        owned(async move {
-            let Some(mut opening) = opening else {
-                return if stored { core.destroy(id).await } else { Ok(()) };
-            };
-            let removed = opening.handler().destroy().await?;
-            let _ = opening.close().await;
-            core.destroy_target(&id, removed).await
-        })
-        .await?
+        self.sessions
+            .core
+            .janitor
+            .owned(async move {
+                let Some(mut opening) = opening else {
+                    return if stored { core.destroy(id).await } else { Ok(()) };
+                };
+                let removed = opening.handler().destroy().await?;
+                let _ = opening.close().await;
+                core.destroy_target(&id, removed).await
+            })
+            .await?
     }
 
     fn set<T: Serialize + ?Sized>(&mut self, key: &str, value: &T) -> Result<()> {
@@ -327,41 +329,31 @@ impl Session {
         let core = Arc::clone(&self.sessions.core);
         let mut work = self.work.detach();
         let sent = work.data.values.clone();
-        let mut save = Box::pin(async move {
+        let save = async move {
             let outcome = core.commit(&mut work, then, wait, lease).await;
             (work, outcome)
-        });
-        // In place first, as `owned` does; but what is not ready stays with the session, for the next call to wait for.
-        let first = std::future::poll_fn(|context| std::task::Poll::Ready(save.as_mut().poll(context))).await;
-        if let std::task::Poll::Ready((work, outcome)) = first {
-            self.resume(work, &sent);
-            return outcome;
+        };
+        match begin(self.sessions.core.janitor.watch(), save).await {
+            Begun::Done((work, outcome)) => {
+                self.resume(work, &sent);
+                outcome
+            }
+            // It stays with the session, for the next call to wait for if this one is dropped.
+            Begun::Waiting(answer) => {
+                self.saving = Some(Saving { sent, answer });
+                self.settle().await
+            }
         }
-        let (sender, answer) = oneshot::channel();
-        tokio::spawn(async move {
-            // A session that nobody has any more is dropped here, and its opening closed by the janitor.
-            let _ = sender.send(save.await);
-        });
-        self.saving = Some(Saving { sent, answer });
-        self.settle().await
     }
 
     /// Waits for a save whose future was dropped, and returns what became of it.
     async fn settle(&mut self) -> Result<()> {
         let Some(saving) = &mut self.saving else { return Ok(()) };
-        let answer = (&mut saving.answer).await;
+        let answer = saving.answer.outcome().await;
         let Saving { sent, .. } = self.saving.take().expect("it was there a line above");
-        match answer {
-            Ok((work, outcome)) => {
-                self.resume(work, &sent);
-                outcome
-            }
-            Err(_) => Err(Error::new(
-                ErrorKind::Unknown,
-                "save",
-                "the task that saved ended before it answered (panic or shutdown)",
-            )),
-        }
+        let (work, outcome) = answer?;
+        self.resume(work, &sent);
+        outcome
     }
 
     /// Goes on with what a save has made of the session; what was changed since it was sent is laid on top.

@@ -14,7 +14,7 @@ use crate::envelope::{Data, Forward, Payload};
 use crate::error::{Error, ErrorKind, Result};
 use crate::handler::{Access, Expect, OpenRequest, SessionHandler};
 use crate::id::SessionId;
-use crate::janitor::{Janitor, Opening, owned};
+use crate::janitor::{Janitor, Opening};
 use crate::queue::Queues;
 use crate::record::{Change, Record, WriteId};
 use crate::seal::{self, Purpose};
@@ -334,7 +334,7 @@ impl Sessions {
     pub async fn destroy(&self, id: &SessionId) -> Result<()> {
         self.core.janitor.start()?;
         let (core, id) = (Arc::clone(&self.core), id.clone());
-        owned(async move { core.destroy(id).await }).await?
+        self.core.janitor.owned(async move { core.destroy(id).await }).await?
     }
 
     /// Frees the space of at most `limit` expired sessions, and returns how many it freed.
@@ -472,18 +472,19 @@ impl Core {
             access => (None, access),
         };
         let (core, id) = (Arc::clone(self), id.clone());
-        owned(async move {
-            let inner = core.handler.open(&id, &OpenRequest { access, expect }).await?;
-            let mut opening = Opening::new(inner, turn, Arc::clone(&core.janitor));
-            match opening.handler().read().await {
-                Ok(record) => Ok((opening, record)),
-                Err(error) => {
-                    let _ = opening.close().await;
-                    Err(error)
+        self.janitor
+            .owned(async move {
+                let inner = core.handler.open(&id, &OpenRequest { access, expect }).await?;
+                let mut opening = Opening::new(inner, turn, Arc::clone(&core.janitor));
+                match opening.handler().read().await {
+                    Ok(record) => Ok((opening, record)),
+                    Err(error) => {
+                        let _ = opening.close().await;
+                        Err(error)
+                    }
                 }
-            }
-        })
-        .await?
+            })
+            .await?
     }
 
     async fn end(&self, mut opening: Opening, access: Access) -> Result<()> {

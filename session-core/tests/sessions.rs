@@ -185,6 +185,20 @@ async fn a_dropped_save_goes_on_and_the_next_call_waits_for_it() {
 }
 
 #[tokio::test]
+async fn a_close_that_is_kept_and_not_looked_at_goes_on_and_keeps_nobody_out() {
+    let sessions = Sessions::new(Arc::new(Slow(MemoryHandler::new()))).unwrap();
+    let id = stored(&sessions, &[("n", 1)]).await;
+    let mut session = sessions.open(&id).await.unwrap();
+    session.insert("n", &2).unwrap();
+    let mut close = Box::pin(session.close());
+    assert!(tokio::time::timeout(Duration::from_millis(5), &mut close).await.is_err(), "it takes longer");
+    let next = sessions.open(&id).await.expect("somebody has looked after the one before");
+    assert_eq!(next.get::<u32>("n").unwrap(), Some(2));
+    next.close().await.unwrap();
+    close.await.unwrap();
+}
+
+#[tokio::test]
 async fn an_unchanged_session_is_touched_only_when_a_share_of_its_life_is_used_up() {
     let ttl = Duration::from_millis(1600);
     let sessions = builder().ttl(ttl).lease(Duration::from_millis(100)).touch_after(0.3).build().unwrap();
