@@ -24,10 +24,11 @@ use crate::store::command;
 
 /// How many flights are under way at a time: the server works on one while others are written, are read, or cross the network. Of
 /// many small ones few are needed before they grow, since a flight goes beside others only if it is a good part of them.
-const FLIGHTS: usize = 16;
+const FLIGHTS: usize = 32;
 /// A flight goes beside others that have at most so many times its members: work for this server is by the member more than by the
-/// flight, so while it is at some of them the next shall be on their way.
-const BESIDE: usize = 2;
+/// flight, so while it is at some of them the next shall be on their way. Measured with 64 tasks: 1 gives three fifths as many cycles, 3
+/// and 8 a tenth less.
+const BESIDE: usize = 6;
 
 /// The way to a server for what may travel together.
 pub(crate) struct Batches {

@@ -1,7 +1,7 @@
 //! What travels together: each member of a flight is judged for itself, whatever becomes of the others.
 //!
-//! The runtime has one thread, so that what is asked for at once stands there at once: the first two go alone, the others in twos,
-//! fours and more. That they did is read from what the server counts.
+//! The runtime has one thread, so that what is asked for at once stands there at once: the first seven go alone, the next twelve in
+//! twos, and the others in fours and ever more. That they did is read from what the server counts.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -20,7 +20,10 @@ use support::*;
 use tokio::task::{JoinHandle, JoinSet};
 
 /// How many are asked for at once.
-const MANY: usize = 24;
+const MANY: usize = 64;
+
+/// From here on they are in flights of eight and of nine.
+const CROWDED: usize = 45;
 
 /// How often the server was told to do this.
 fn calls(redis: &Redis, command: &str) -> usize {
@@ -92,38 +95,38 @@ async fn saves_in_one_flight_are_judged_each_for_itself() {
     let mut opened = open_all(&handler, &ids).await;
     let at = |n: usize| keys(&ids[n]);
 
-    let foreign = 8;
+    let foreign = CROWDED;
     redis.command(&["DEL", &at(foreign)[0]]).unwrap();
     redis.command(&["RPUSH", &at(foreign)[0], "somebody else's"]).unwrap();
     let before = redis.command(&["DUMP", &at(foreign)[0]]).unwrap();
-    let overtaken = 9;
+    let overtaken = CROWDED + 1;
     redis.command(&["DEL", &at(overtaken)[1]]).unwrap();
     saved(open(&other, &ids[overtaken], at_once()).await, "theirs").await;
-    let passed = 10;
+    let passed = CROWDED + 2;
     redis.command(&["DEL", &at(passed)[1]]).unwrap();
     let _passer = open(&other, &ids[passed], at_once()).await;
-    let destroyed = 11;
+    let destroyed = CROWDED + 3;
     let mut logout = open(&other, &ids[destroyed], OpenRequest::destroy()).await;
     logout.destroy().await.unwrap();
-    let ended = 12;
+    let ended = CROWDED + 4;
     redis.command(&["DEL", &at(ended)[1]]).unwrap();
-    let touched = 13;
+    let touched = CROWDED + 5;
     redis.command(&["PEXPIRE", &at(touched)[0], "200000"]).unwrap();
-    let awaited = 14;
+    let awaited = CROWDED + 6;
     let waiter = tokio::spawn({
         let (other, id) = (other.clone(), ids[awaited].clone());
         async move { read(&mut open(&other, &id, exclusive()).await).await }
     });
     until("a place in the queue", async || exists(&redis, &keys(&ids[awaited])[2])).await;
-    let created = 15;
+    let created = CROWDED + 7;
     opened[created].close().await.unwrap();
     let fresh = new_id();
     opened[created] = open(&handler, &fresh, exclusive().expecting(Expect::Fresh)).await;
-    let optimistic = 16;
+    let optimistic = CROWDED + 8;
     opened[optimistic].close().await.unwrap();
     opened[optimistic] = open(&handler, &ids[optimistic], OpenRequest::optimistic()).await;
-    let large = 17;
-    let locked_queue = 18;
+    let large = CROWDED + 9;
+    let locked_queue = CROWDED + 10;
     redis.command(&["SET", &at(locked_queue)[2], "no list"]).unwrap();
 
     let scripts = calls(&redis, "evalsha");
@@ -178,18 +181,22 @@ async fn a_late_save_in_one_flight_with_the_holders_own_is_refused_and_changes_n
     let redis = start(&[]);
     let (handler, other) = (on(&redis).await, on(&redis).await);
     for late_first in [true, false] {
-        let mut opened = open_all(&handler, &sessions(&handler, 4).await).await;
+        let mut opened = open_all(&handler, &sessions(&handler, CROWDED).await).await;
         let id = session(&handler, "old").await;
         let late = open(&handler, &id, exclusive()).await;
         redis.command(&["DEL", &keys(&id)[1]]).unwrap();
         let holder = open(&handler, &id, at_once()).await;
         let (first, second) = if late_first { (late, holder) } else { (holder, late) };
         opened.extend([first, second]);
-        opened.extend(open_all(&handler, &sessions(&handler, 6).await).await);
+        opened.extend(open_all(&handler, &sessions(&handler, MANY - CROWDED - 2).await).await);
         let scripts = calls(&redis, "evalsha");
+        let mut monitor = redis.monitor().unwrap();
         let outcomes = save_all(opened, new).await;
-        assert!(calls(&redis, "evalsha") - scripts <= 6);
-        let (late, holder) = if late_first { (4, 5) } else { (5, 4) };
+        assert!(calls(&redis, "evalsha") - scripts <= MANY / 2);
+        let of_both =
+            |line: &String| line.to_lowercase().contains("\"evalsha\"") && line.matches(&keys(&id)[1]).count() == 2;
+        assert!(monitor.lines().unwrap().iter().any(of_both), "no script judged both");
+        let (late, holder) = if late_first { (CROWDED, CROWDED + 1) } else { (CROWDED + 1, CROWDED) };
         applied(&outcomes[holder].1, "the holder's save");
         assert_eq!(outcomes[late].1.as_ref().unwrap_err().kind(), ErrorKind::Fenced, "late first: {late_first}");
         assert_eq!(look(&other, &id).await, Some(format!("new {holder}")));
@@ -220,24 +227,24 @@ async fn opens_in_one_flight_are_answered_each_for_itself() {
     let redis = start(&[]);
     let (handler, other) = (on(&redis).await, on(&redis).await);
     let mut ids = sessions(&handler, MANY).await;
-    let absent = 8;
+    let absent = CROWDED;
     ids[absent] = new_id();
-    let foreign = 9;
+    let foreign = CROWDED + 1;
     redis.command(&["DEL", &keys(&ids[foreign])[0]]).unwrap();
     redis.command(&["RPUSH", &keys(&ids[foreign])[0], "somebody else's"]).unwrap();
-    let unlockable = 10;
+    let unlockable = CROWDED + 2;
     redis.command(&["RPUSH", &keys(&ids[unlockable])[1], "somebody else's"]).unwrap();
-    let short = 11;
+    let short = CROWDED + 3;
     redis.command(&["PEXPIRE", &keys(&ids[short])[0], "20000"]).unwrap();
-    let held = 12;
+    let held = CROWDED + 4;
     let holder = open(&other, &ids[held], exclusive()).await;
-    let repeats = 13..16;
+    let repeats = CROWDED + 5..CROWDED + 8;
     for n in repeats.clone() {
         ids[n] = ids[repeats.start].clone();
     }
-    let viewed = 16;
-    let locked = 17;
-    let unqueued = 18;
+    let viewed = CROWDED + 8;
+    let locked = CROWDED + 9;
+    let unqueued = CROWDED + 10;
     redis.command(&["SET", &keys(&ids[unqueued])[2], "no list"]).unwrap();
 
     let lock = handler.lock();
@@ -283,12 +290,14 @@ async fn opens_in_one_flight_are_answered_each_for_itself() {
 /// What was sent and not answered may be in force, and what was never sent is not.
 #[tokio::test]
 async fn a_flight_whose_answer_is_lost_counts_once_for_each_in_it() {
+    // So many that more than a few stand behind those that were sent.
+    const CROWD: usize = 115;
     let redis = start(&[]);
     let proxy = proxy(&redis).await;
     let (handler, other) = (hasty(&proxy).await, on(&redis).await);
-    let ids = sessions(&other, MANY).await;
+    let ids = sessions(&other, CROWD).await;
     let opened = open_all(&handler, &ids).await;
-    let writes: Vec<_> = (0..MANY).map(|_| wid()).collect();
+    let writes: Vec<_> = (0..CROWD).map(|_| wid()).collect();
     let change = |n: usize| (write_of(format!("new {n}")), writes[n]);
     proxy.swallow(Direction::ToClient);
     let outcomes = save_all(opened, change).await;
@@ -329,7 +338,7 @@ async fn a_flight_that_is_cut_anywhere_is_repeated_and_counts_once_for_each_in_i
     let proxy = proxy(&redis).await;
     let (handler, other) = (through(&proxy).await, on(&redis).await);
     for direction in [Direction::ToServer, Direction::ToClient] {
-        let last = if direction == Direction::ToServer { 6000 } else { 100 };
+        let last = if direction == Direction::ToServer { 16_000 } else { 270 };
         for cut in (0..=12).map(|step| step * last / 12) {
             let ids = sessions(&other, MANY).await;
             let opened = open_all(&handler, &ids).await;
