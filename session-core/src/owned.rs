@@ -178,11 +178,14 @@ impl<T: Send + 'static> Afloat<T> {
 }
 
 /// Drives an operation to its end in place of its caller.
-async fn carry<T: Send + 'static>(afloat: Arc<Afloat<T>>, work: Work<T>) {
+fn carry<T: Send + 'static>(afloat: Arc<Afloat<T>>, work: Work<T>) -> impl Future<Output = ()> + Send {
+    // Made here, for a task may end before its first step.
     let mut landing = Landing(Some(afloat));
-    let outcome = work.await;
-    if let Some(afloat) = landing.0.take() {
-        afloat.land(Ok(outcome));
+    async move {
+        let outcome = work.await;
+        if let Some(afloat) = landing.0.take() {
+            afloat.land(Ok(outcome));
+        }
     }
 }
 
@@ -283,15 +286,15 @@ impl Watch {
             self.watched.store(false, Ordering::SeqCst);
             return None;
         }
-        let entries = table.entries.iter().filter_map(|(key, entry)| Some((*key, entry.upgrade()?)));
-        let old: Vec<_> = entries.filter(|(_, afloat)| now >= afloat.since() + PATIENCE).collect();
-        // What is let go of here, or taken, may be the last of an operation, whose end comes back for the mutex.
+        let afloat: Vec<_> = table.entries.iter().filter_map(|(key, entry)| Some((*key, entry.upgrade()?))).collect();
+        // What is let go of here may be the last of an operation, whose end comes back for the mutex.
         drop(table);
+        let old = afloat.into_iter().filter(|(_, afloat)| now >= afloat.since() + PATIENCE);
         let adopt = |(key, afloat): (u64, Arc<dyn Adopt>)| {
             // Whoever is being polled at this moment is looked at again.
             afloat.adopt().inspect(|_| self.remove(key))
         };
-        Some(old.into_iter().filter_map(adopt).collect())
+        Some(old.filter_map(adopt).collect())
     }
 
     /// How many operations are driven by their callers at this moment.

@@ -122,12 +122,18 @@ async fn an_outcome_that_a_task_has_reached_is_there_for_whoever_looks_again() {
 async fn an_outcome_can_be_called_for_again_after_the_first_call_was_dropped() {
     let watch = watch();
     let (sender, receiver) = oneshot::channel::<u32>();
-    let Begun::Waiting(mut operation) = begin(&watch, async move { receiver.await.unwrap() }).await else {
-        panic!("nothing was sent yet")
+    let reached = Arc::new(AtomicU32::new(0));
+    let seen = reached.clone();
+    let work = async move {
+        let value = receiver.await.unwrap();
+        seen.store(value, Ordering::SeqCst);
+        value
     };
+    let Begun::Waiting(mut operation) = begin(&watch, work).await else { panic!("nothing was sent yet") };
     assert!(once(Box::pin(operation.outcome()).as_mut()).await.is_pending());
     sender.send(7).unwrap();
     settle().await;
+    assert_eq!(reached.load(Ordering::SeqCst), 7, "a task goes on meanwhile");
     assert_eq!(operation.outcome().await.unwrap(), 7);
     assert_eq!(operation.outcome().await.unwrap_err().kind(), ErrorKind::Unknown, "it is there once");
 }
@@ -146,6 +152,17 @@ async fn a_panic_is_the_callers_while_he_looks_and_an_unknown_end_once_he_does_n
     operation.hand_over();
     assert_eq!(operation.outcome().await.unwrap_err().kind(), ErrorKind::Unknown);
     assert_eq!(watch.len(), 0);
+}
+
+#[tokio::test]
+async fn a_task_that_ends_before_it_begins_keeps_nobody_waiting() {
+    let watch = Arc::new(Watch::new(|_| panic!("nothing was dropped outside a runtime")));
+    let (_sender, receiver) = oneshot::channel::<()>();
+    let Begun::Waiting(mut operation) = begin(&watch, receiver).await else { panic!("nothing was sent yet") };
+    let taken = watch.look(Instant::now() + PATIENCE).expect("something began");
+    assert_eq!(taken.len(), 1);
+    drop(taken);
+    assert_eq!(operation.outcome().await.unwrap_err().kind(), ErrorKind::Unknown);
 }
 
 #[tokio::test]
