@@ -53,9 +53,8 @@ conformance_tests::processes_suite!(unsynced());
 mod synced {
     use super::*;
 
-    /// A disk that others use, too, may stand still for longer than an application would wait.
     fn synced() -> Files {
-        Files(|config| config.with_timeout(Duration::from_secs(20)))
+        Files(|config| config)
     }
 
     conformance_tests::handler_suite!(synced());
