@@ -16,7 +16,7 @@
 //! | `lock_owner`, `lock_process` | the same in words, and the number of the process in its liveness lock |
 //! | `lock_handed` | 1 if the holder before gave the lock to this one by a clean release |
 //! | `want_token`, `want_until`, `want_process` | the one next in line, until when he counts, and whose process he is of |
-//! | `want_since` | since when he waits; on SQLite only, where whoever has to give way soon asks again: on PostgreSQL he sleeps until he is told |
+//! | `want_since` | since when he waits |
 //!
 //! Instants are milliseconds since 1970 and spans milliseconds, by the clock of the database, so that no type, time zone or
 //! precision of a date comes in.
@@ -131,6 +131,11 @@ impl Owner {
     }
 }
 
+/// Whoever came up to so many milliseconds later than the one next in line came with him: clocks are read to the millisecond. Who came
+/// later still gives way. Else two processes that come again at once would book after each other for ever, since whoever waits for long
+/// looks less often.
+pub(crate) const SAME: i64 = 2;
+
 /// A request for a lock.
 #[derive(Clone, Debug)]
 pub(crate) struct Enter {
@@ -140,7 +145,7 @@ pub(crate) struct Enter {
     pub(crate) lease: i64,
     pub(crate) want: Want,
     /// How long the place next in line is to be kept, in milliseconds, if the lock is not free; zero books none. The place is open
-    /// if nobody has it, his time is over, or he is of this process; on SQLite also if he has come later.
+    /// if nobody has it, his time is over, he is of this process, or he has come [later](SAME).
     pub(crate) book: i64,
     /// For how long this one has waited, in milliseconds.
     pub(crate) waited: i64,

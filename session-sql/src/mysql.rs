@@ -143,6 +143,7 @@ impl MySql {
             alive: self.anchor.held(),
             process: self.owner.process,
             book: entry.book,
+            waited: entry.waited,
             ..Given::default()
         };
         let mut flight = vec![self.texts.take(existing, entry.want != Want::Lock, entry.probe && self.anchor.judges())];

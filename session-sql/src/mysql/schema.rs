@@ -11,7 +11,7 @@ use crate::database::Failure;
 const VERSION: &str = "sessionkit 1";
 
 /// The columns and their types, in order.
-const COLUMNS: [(&str, &str); 15] = [
+const COLUMNS: [(&str, &str); 16] = [
     ("id", "varbinary(512)"),
     ("data", "longblob"),
     ("write_id", "binary(16)"),
@@ -27,6 +27,7 @@ const COLUMNS: [(&str, &str); 15] = [
     ("want_token", "binary(16)"),
     ("want_until", "bigint"),
     ("want_process", "bigint"),
+    ("want_since", "bigint"),
 ];
 
 /// What is to be known of a server.

@@ -250,6 +250,29 @@ async fn a_save_in_a_batch_hands_its_lock_to_the_next_in_line() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_place_next_in_line_is_of_who_has_waited_longest() {
+    let [ours, theirs] = [database("seniority", |config| config).await, database("seniority", |config| config).await];
+    record(&*ours, "k").await;
+    let [holder, early, late, heir] = std::array::from_fn(|_| enter("k"));
+    ours.enter(std::slice::from_ref(&holder)).await.unwrap();
+    let next = async |database: &Arc<dyn Database>, entry: &Enter, waited| {
+        let told = database.enter(&[Enter { book: LEASE, waited, ..entry.clone() }]).await.unwrap();
+        matches!(&told[..], [Some(Entered::Busy(busy))] if busy.booked)
+    };
+    assert!(next(&ours, &late, 0).await, "nobody else has asked yet");
+    assert!(next(&theirs, &early, 60_000).await, "he came before");
+    assert!(!next(&ours, &late, 30_000).await, "he asks again, and has not come earlier for that");
+    assert!(next(&theirs, &early, 60_001).await);
+    // One task of a process asks for it, until it has not asked for a while.
+    tokio::time::sleep(Duration::from_millis(30)).await;
+    assert!(next(&theirs, &heir, 0).await, "the tasks of a process share its place");
+    assert!(!next(&ours, &late, 1).await, "clocks that are read twice decide nothing");
+    assert!(ours.leave("k", holder.token, true).await.unwrap());
+    let outcome = theirs.enter(std::slice::from_ref(&heir)).await.unwrap();
+    assert!(matches!(&outcome[..], [Some(Entered::Granted { .. })]), "{outcome:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn whoever_leaves_is_told_whether_there_was_anything_to_leave() {
     let database = database("leaving", |config| config).await;
     record(&*database, "k").await;

@@ -6,7 +6,7 @@
 //!
 //! Nothing here knows connections.
 
-use crate::database::{CLAIM, REMEMBER};
+use crate::database::{CLAIM, REMEMBER, SAME};
 
 /// Milliseconds since 1970, the same everywhere in a statement.
 pub(super) const NOW: &str = "(TIMESTAMPDIFF(MICROSECOND,'1970-01-01',UTC_TIMESTAMP(6)) DIV 1000)";
@@ -69,6 +69,7 @@ pub(super) enum Param {
     Alive,
     Process,
     Book,
+    Waited,
     Clean,
     Data,
     Write,
@@ -81,7 +82,7 @@ pub(super) enum Param {
     Limit,
 }
 
-const PARAMS: [(&str, Param); 17] = [
+const PARAMS: [(&str, Param); 18] = [
     ("key", Param::Key),
     ("token", Param::Token),
     ("lease", Param::Lease),
@@ -89,6 +90,7 @@ const PARAMS: [(&str, Param); 17] = [
     ("alive", Param::Alive),
     ("process", Param::Process),
     ("book", Param::Book),
+    ("waited", Param::Waited),
     ("clean", Param::Clean),
     ("data", Param::Data),
     ("write", Param::Write),
@@ -238,9 +240,11 @@ impl Texts {
             let must = if existing { " AND {live}" } else { "" };
             // Whoever asks again and again writes again only when half of his time is over.
             text(&format!(
-                "UPDATE {{t}} SET want_process=:process,want_until={{now}}+:book,want_token=:token \
+                "UPDATE {{t}} SET want_since=IF(want_token<=>:token,want_since,{{now}}-:waited),\
+                 want_process=:process,want_until={{now}}+:book,want_token=:token \
                  WHERE id=:key AND NOT (lock_token<=>:token){must} AND \
-                 (want_token IS NULL OR want_until<={{now}} OR want_process=:process OR want_token=:token) \
+                 (want_token IS NULL OR want_until<={{now}} OR want_process=:process OR want_token=:token \
+                 OR {{now}}-:waited+{SAME}<want_since) \
                  AND NOT (want_token<=>:token AND want_until>{{now}}+:book DIV 2)"
             ))
         });

@@ -116,7 +116,8 @@ impl Postgres {
             .add(list(entries, |entry| entry.probe))?
             .add(&*self.owner.text)?
             .add(self.process())?
-            .add(self.owner.process)?;
+            .add(self.owner.process)?
+            .add(list(entries, |entry| entry.waited))?;
         let rows = self.ask(sql, arguments).await?;
         rows.iter().map(|row| entered(row, true)).collect()
     }

@@ -6,7 +6,7 @@
 
 use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
 
-use crate::database::{CLAIM, REMEMBER, millis};
+use crate::database::{CLAIM, REMEMBER, SAME, millis};
 
 /// The clock, asked anew for each row, as a statement may have waited for one.
 const NOW: &str = "(date_part('epoch', clock_timestamp()) * 1000)::int8";
@@ -72,7 +72,7 @@ pub(crate) struct Both {
 /// Fills in what is named in braces.
 fn fill(text: &str, names: &[(&str, &str)]) -> String {
     let filled = names.iter().fold(text.to_owned(), |text, (name, value)| text.replace(&format!("{{{name}}}"), value));
-    filled.replace("{now}", NOW).replace("{claim}", &millis(CLAIM).to_string())
+    filled.replace("{now}", NOW).replace("{claim}", &millis(CLAIM).to_string()).replace("{same}", &SAME.to_string())
 }
 
 impl Statements {
@@ -165,7 +165,8 @@ const CREATE: &str = "CREATE TABLE {t} (
   lock_owner text,
   want_token bytea,
   want_until int8,
-  want_process int8
+  want_process int8,
+  want_since int8
 ) WITH (fillfactor = 50, toast_tuple_target = 2688)";
 
 // To compress each longer record anew at each save took a tenth of the server's time.
@@ -225,17 +226,18 @@ WHERE s.id = r.id AND s.data IS NOT NULL AND s.expires_at > z.now AND s.lock_tok
 RETURNING r.n, s.data, s.write_id, s.expires_at - z.now";
 
 // $1 keys, $2 tokens, $3 leases, $4 bookings, $5 wants (0 existing, 1 any, 2 the lock), $6 probes, $7 owner, $8 the process of its
-// liveness lock, $9 the process that waits.
-// A process that is gone holds its lock no more. For some seconds after a start of the server nobody may have it again yet.
+// liveness lock, $9 the process that waits, $10 for how long.
+// A process that is gone holds its lock no more. For some seconds after a start of the server nobody may have it again yet. Who has to
+// give way to somebody who came before him is told, as nobody hands him the lock any more.
 const ENTER: &str = "WITH i AS MATERIALIZED (
-  SELECT * FROM unnest($1::text[], $2::bytea[], $3::int8[], $4::int8[], $5::int2[], $6::bool[])
-    WITH ORDINALITY AS i(id, token, lease, book, want, probe, n)),
+  SELECT * FROM unnest($1::text[], $2::bytea[], $3::int8[], $4::int8[], $5::int2[], $6::bool[], $10::int8[])
+    WITH ORDINALITY AS i(id, token, lease, book, want, probe, waited, n)),
 z AS MATERIALIZED (SELECT {impatient} AS z),
 r AS MATERIALIZED (
   SELECT s.id, s.data IS NOT NULL AS filled, s.write_id, s.expires_at, s.lock_token, s.lock_until, s.lock_since, s.lock_owner,
-    s.lock_process, s.lock_handed, s.want_token, s.want_until, s.want_process
+    s.lock_process, s.lock_handed, s.want_token, s.want_until, s.want_process, s.want_since
   FROM z, {t} s WHERE z.z IS NOT NULL AND s.id = ANY($1) FOR NO KEY UPDATE OF s {skip}),
-j1 AS MATERIALIZED (SELECT i.n, i.token, i.lease, i.book, i.want, i.probe, r.*, {now} AS now FROM r JOIN i ON i.id = r.id),
+j1 AS MATERIALIZED (SELECT i.n, i.token, i.lease, i.book, i.want, i.probe, i.waited, r.*, {now} AS now FROM r JOIN i ON i.id = r.id),
 j2 AS MATERIALIZED (SELECT *, filled AND expires_at > now AS live, (lock_token = token) IS TRUE AS own,
   (want_token IS NULL OR want_until <= now OR want_token = token OR (book > 0 AND want_process = $9::int8)) IS TRUE AS open,
   CASE WHEN lock_until IS NULL OR lock_until <= now THEN true
@@ -243,7 +245,8 @@ j2 AS MATERIALIZED (SELECT *, filled AND expires_at > now AS live, (lock_token =
     WHEN pg_postmaster_start_time() > clock_timestamp() - interval '5 s' THEN false
     ELSE pg_try_advisory_xact_lock_shared(lock_process) END AS ended FROM j1),
 j AS MATERIALIZED (SELECT *, (want <> 0 OR live) AND (own OR (ended AND open)) AS granted,
-  (want <> 0 OR live) AND NOT (own OR (ended AND open)) AND book > 0 AND open AS books FROM j2),
+  (want <> 0 OR live) AND NOT (own OR (ended AND open)) AND book > 0 AND (open OR now - waited + {same} < want_since) IS TRUE
+    AS books FROM j2),
 u AS (
   UPDATE {t} s SET
     lock_token = CASE WHEN granted THEN j.token ELSE s.lock_token END,
@@ -256,6 +259,7 @@ u AS (
     want_token = CASE WHEN books THEN j.token WHEN s.want_token = j.token THEN NULL ELSE s.want_token END,
     want_until = CASE WHEN books THEN j.now + j.book WHEN s.want_token = j.token THEN NULL ELSE s.want_until END,
     want_process = CASE WHEN books THEN $9::int8 ELSE s.want_process END,
+    want_since = CASE WHEN books AND (s.want_token = j.token) IS NOT TRUE THEN j.now - j.waited ELSE s.want_since END,
     expires_at = GREATEST(s.expires_at, CASE WHEN granted AND j.want <> 2 AND j.live THEN j.now + 2 * j.lease
       WHEN granted AND NOT j.filled AND j.write_id IS NULL THEN j.now + j.lease + {stub} END),
     expires_minute = GREATEST(s.expires_at, CASE WHEN granted AND j.want <> 2 AND j.live THEN j.now + 2 * j.lease
@@ -273,7 +277,8 @@ SELECT CASE WHEN j.granted OR m.id IS NOT NULL THEN 1::int2
     WHEN j.id IS NOT NULL THEN 3::int2
     WHEN i.want = 0 AND NOT EXISTS (SELECT FROM {t} s WHERE s.id = i.id) THEN 2::int2 ELSE 4::int2 END,
   u.data, CASE WHEN j.want <> 2 THEN j.write_id END, u.expires_at - j.now, u.lock_handed, j.lock_owner, j.lock_since,
-  GREATEST(j.lock_until - j.now, CASE WHEN NOT j.open THEN j.want_until - j.now END), COALESCE(j.books, false)
+  GREATEST(j.lock_until - j.now, CASE WHEN NOT j.open THEN j.want_until - j.now END), COALESCE(j.books, false),
+  (SELECT count({tell}) FROM (SELECT j.id, j.want_token AS told, j.want_process WHERE j.books AND NOT j.open) told)
 FROM i LEFT JOIN j ON j.n = i.n LEFT JOIN u ON u.id = i.id LEFT JOIN m ON m.id = i.id ORDER BY i.n";
 
 // $1 key, $2 data, $3 write id, $4 length of life.

@@ -300,6 +300,32 @@ async fn a_refusal_is_of_the_newest_state_and_not_of_an_older_snapshot() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_place_next_in_line_is_of_who_has_waited_longest() {
+    let [ours, theirs] = [database("seniority").await, database("seniority").await];
+    ours.change(&[write("k", Basis::Unseen, None, wid(), "old", Then::Close)]).await.unwrap();
+    let [holder, early, late, heir] = std::array::from_fn(|_| token());
+    ours.enter(&[enter("k", holder, Want::Existing)]).await.unwrap();
+    let next = async |database: &Arc<dyn Database>, token, waited| {
+        let entry = Enter { book: 60_000, waited, ..enter("k", token, Want::Existing) };
+        let told = database.enter(&[entry]).await.unwrap();
+        matches!(&told[..], [Some(Entered::Busy(busy))] if busy.booked)
+    };
+    let mut waiter = ours.waiter(late).await.unwrap();
+    assert!(next(&ours, late, 0).await, "nobody else has asked yet");
+    // Whatever wakes a waiter beside messages, such as the connection that brings them, has done so by then.
+    waiter.woken(Duration::from_secs(1)).await;
+    assert!(next(&theirs, early, 60_000).await, "he came before");
+    let told = tokio::time::timeout(Duration::from_secs(20), waiter.woken(Duration::from_secs(60)));
+    told.await.expect("whoever has to give way is told, as nobody will hand him the lock");
+    assert!(!next(&ours, late, 30_000).await, "he asks again, and has not come earlier for that");
+    assert!(next(&theirs, early, 60_001).await);
+    assert!(next(&theirs, heir, 0).await, "the tasks of a process share its place");
+    assert!(!next(&ours, late, 1).await, "clocks that are read twice decide nothing");
+    assert!(ours.leave("k", holder, true).await.unwrap());
+    assert_eq!(said(&theirs.enter(&[enter("k", heir, Want::Existing)]).await.unwrap()[0])[..7], *"granted");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_leaves_is_told_whether_there_was_anything_to_leave() {
     let database = database("leaving").await;
     for key in ["k", "other"] {

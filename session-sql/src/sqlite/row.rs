@@ -6,10 +6,7 @@
 use session_core::leased::{Basis, Renewed, Then, Verdict, Want};
 use session_core::{LeaseToken, WriteId};
 
-use crate::database::{Action, Alter, Busy, CLAIM, Enter, Owner, REMEMBER, Remove, Renew, holder, millis, span};
-
-/// Who came at nearly the same time, in milliseconds, came together: clocks are read to the millisecond.
-const SAME: i64 = 2;
+use crate::database::{Action, Alter, Busy, CLAIM, Enter, Owner, REMEMBER, Remove, Renew, SAME, holder, millis, span};
 
 /// Whose locks they are, and how others can see that he has ended, if they can.
 #[derive(Debug)]
@@ -118,8 +115,6 @@ impl Row {
     fn book(&mut self, entry: &Enter, who: &Who, now: i64) -> Busy {
         let mine = self.next.as_ref().is_some_and(|next| next.token == entry.token);
         let since = now - entry.waited;
-        // Who has come later gives way. Else two processes that come again at once would book after each other for ever, since whoever
-        // waits for long looks less often.
         let open = self
             .next
             .as_ref()
