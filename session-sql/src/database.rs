@@ -103,7 +103,16 @@ pub(crate) trait Database: fmt::Debug + Send + Sync + 'static {
 #[async_trait]
 pub(crate) trait Waiter: Send {
     /// Waits for a message, or for as long as `limit`. A message that came before counts.
-    async fn woken(&mut self, limit: Duration);
+    async fn woken(&mut self, limit: Duration) -> Woken;
+}
+
+/// What whoever waits is woken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Woken {
+    /// The lock may be his, or it is time to look.
+    Look,
+    /// He has lost the place next in line, and nobody will hand him the lock.
+    Displaced,
 }
 
 /// Whose locks they are: this handler in this process.

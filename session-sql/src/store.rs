@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 
 use crate::batches::Batches;
 use crate::config::{SqlConfig, SqlLockMode};
-use crate::database::{Action, Alter, Busy, Database, Enter, Entered, Failure, Remove, Renew, millis};
+use crate::database::{Action, Alter, Busy, Database, Enter, Entered, Failure, Remove, Renew, Woken, millis};
 use crate::transaction::{Hold, Holds, Sought, is_marked, mark};
 
 /// How long the place of a task that gave up waits for the next task of this process.
@@ -37,6 +37,11 @@ const GLANCE: Duration = Duration::from_millis(250);
 /// The first and the longest pause of the one next in line who is not woken, and of those behind him.
 const NEXT: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(6));
 const BEHIND: (Duration, Duration) = (Duration::from_millis(3), Duration::from_millis(50));
+
+/// The same behind somebody who is woken: each look takes the row from the one who is to give the lock back, and whoever has waited
+/// longest is next after one look. Measured with six processes on PostgreSQL: 3 ms gives a fifth fewer cycles and equal shares, 25 ms a
+/// tenth more and longer waits.
+const BEHIND_TOLD: (Duration, Duration) = (Duration::from_millis(12), Duration::from_millis(50));
 
 pub(crate) struct Store {
     pub(crate) database: Arc<dyn Database>,
@@ -286,15 +291,23 @@ impl Store {
             // A little later than the lease ends, and not all at the same moment.
             let jitter = Duration::from_micros(1000 + u64::from(entry.token.to_bytes()[0]) * 31);
             let limit = rest.min(left + jitter).min(LOOK.saturating_sub(probed.elapsed()) + jitter);
+            let (first, longest) = match (&waiter, booked) {
+                (None, true) => NEXT,
+                (None, false) => BEHIND,
+                (Some(_), _) => BEHIND_TOLD,
+            };
+            let pause = (first * (1 << tries.min(6))).min(longest);
+            // Between half and one and a half of it, so that two who met once do not meet again.
+            let share = f64::from(entry.token.to_bytes()[tries % 16] % 16) / 16.0;
+            let pause = limit.min(pause.mul_f64(0.5 + share));
             match &mut waiter {
-                Some(waiter) if booked => waiter.woken(limit).await,
-                _ => {
-                    let (first, longest) = if booked { NEXT } else { BEHIND };
-                    let pause = (first * (1 << tries.min(6))).min(longest);
-                    // Between half and one and a half of it, so that two who met once do not meet again.
-                    let share = f64::from(entry.token.to_bytes()[tries % 16] % 16) / 16.0;
-                    tokio::time::sleep(limit.min(pause.mul_f64(0.5 + share))).await;
+                Some(waiter) if booked => {
+                    if waiter.woken(limit).await == Woken::Displaced {
+                        // To ask again at once would be in vain. If he was told late, and is next in line again, he may still be woken.
+                        waiter.woken(pause).await;
+                    }
                 }
+                _ => tokio::time::sleep(pause).await,
             }
             tries += 1;
             attempt.armed = true;

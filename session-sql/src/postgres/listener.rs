@@ -24,7 +24,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 use super::server::{Parameters, Server, bytes};
-use crate::database::{Failure, Waiter};
+use crate::database::{Failure, Waiter, Woken};
 
 /// The pauses between attempts to listen again, the last one again and again.
 const PAUSES: [Duration; 4] =
@@ -46,6 +46,9 @@ const POLL: Duration = Duration::from_millis(5);
 
 const HELLO: &str = "hello";
 
+/// What begins the message to one who has lost the place next in line.
+pub(super) const DISPLACED: &str = "-";
+
 /// Wakes waiters, and shows that we live. Made for one handler, used by its clones.
 pub(super) struct Listener {
     shared: Arc<Shared>,
@@ -62,10 +65,25 @@ pub(super) struct Leave(pub(super) SqlStr);
 
 struct Shared {
     process: i64,
-    waiting: Mutex<HashMap<[u8; 16], Arc<Notify>>>,
+    waiting: Mutex<HashMap<[u8; 16], Arc<Wake>>>,
     state: watch::Sender<State>,
     /// Whether the lock of this process is held.
     alive: AtomicBool,
+}
+
+/// How a waiter is told.
+#[derive(Default)]
+struct Wake {
+    told: Notify,
+    /// Whether what he was told last is that he has to give way.
+    displaced: AtomicBool,
+}
+
+impl Wake {
+    fn tell(&self, displaced: bool) {
+        self.displaced.store(displaced, Ordering::Release);
+        self.told.notify_one();
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +95,7 @@ enum State {
 }
 
 impl Shared {
-    fn waiting(&self) -> MutexGuard<'_, HashMap<[u8; 16], Arc<Notify>>> {
+    fn waiting(&self) -> MutexGuard<'_, HashMap<[u8; 16], Arc<Wake>>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -85,7 +103,7 @@ impl Shared {
     fn turn(&self, state: State) {
         self.state.send_replace(state);
         for waiter in self.waiting().values() {
-            waiter.notify_one();
+            waiter.tell(false);
         }
     }
 }
@@ -129,7 +147,7 @@ impl Listener {
     pub(super) async fn register(&self, token: LeaseToken) -> Option<Box<dyn Waiter>> {
         self.options.as_ref()?;
         self.heard().await;
-        let wake = Arc::new(Notify::new());
+        let wake = Arc::new(Wake::default());
         self.shared.waiting().insert(token.to_bytes(), wake.clone());
         Some(Box::new(Place { shared: self.shared.clone(), token: token.to_bytes(), wake }))
     }
@@ -153,14 +171,15 @@ impl fmt::Debug for Listener {
 struct Place {
     shared: Arc<Shared>,
     token: [u8; 16],
-    wake: Arc<Notify>,
+    wake: Arc<Wake>,
 }
 
 #[async_trait]
 impl Waiter for Place {
-    async fn woken(&mut self, limit: Duration) {
+    async fn woken(&mut self, limit: Duration) -> Woken {
         let limit = if *self.shared.state.borrow() == State::Listening { limit } else { limit.min(POLL) };
-        let _ = timeout(limit, self.wake.notified()).await;
+        let told = timeout(limit, self.wake.told.notified()).await.is_ok();
+        if told && self.wake.displaced.load(Ordering::Acquire) { Woken::Displaced } else { Woken::Look }
     }
 }
 
@@ -264,16 +283,19 @@ impl Ears {
 
     /// Wakes whom a message is for. A lock that nobody here waits for, and nobody has come for, is passed on.
     fn hear(&self, message: &str) {
-        let Some((token, key)) = message.split_once(' ') else { return };
+        let displaced = message.strip_prefix(DISPLACED);
+        let Some((token, key)) = displaced.unwrap_or(message).split_once(' ') else { return };
         let Some(token) = u128::from_str_radix(token, 16).ok().filter(|_| token.len() == 32).map(u128::to_be_bytes) else {
             return;
         };
         let Some(shared) = self.shared.upgrade() else { return };
         if let Some(waiter) = shared.waiting().get(&token) {
-            waiter.notify_one();
+            waiter.tell(displaced.is_some());
             return;
         }
-        if let Some(server) = self.server.upgrade() {
+        if displaced.is_none()
+            && let Some(server) = self.server.upgrade()
+        {
             let (sql, key) = (self.leave.0.clone(), key.to_owned());
             tokio::spawn(async move {
                 let pass_on = async {

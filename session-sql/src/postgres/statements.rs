@@ -6,6 +6,7 @@
 
 use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
 
+use super::listener::DISPLACED;
 use crate::database::{CLAIM, REMEMBER, SAME, millis};
 
 /// The clock, asked anew for each row, as a statement may have waited for one.
@@ -34,6 +35,9 @@ const HAND_ON: &str = "(lock_token, lock_until, lock_since, lock_lease, lock_han
 
 /// Tells the one who was handed a lock, on the channel of his process.
 const TELL: &str = "pg_notify('sessionkit_' || to_hex(want_process), encode(told, 'hex') || ' ' || id)";
+
+/// Tells the one next in line that somebody else is, now.
+const DISPLACE: &str = "pg_notify('sessionkit_' || to_hex(want_process), '{displaced}' || encode(told, 'hex') || ' ' || id)";
 
 /// The statements for one table.
 #[derive(Debug)]
@@ -88,7 +92,8 @@ impl Statements {
             batch: make(text, &[names, &[("skip", "SKIP LOCKED")]].concat()),
         };
         let stub = STUB.to_string();
-        let names = [("free", FREE), ("take", TAKE), ("tell", TELL), ("stub", &stub)];
+        let displace = fill(DISPLACE, &[("displaced", DISPLACED)]);
+        let names = [("free", FREE), ("take", TAKE), ("displace", &*displace), ("stub", &stub)];
         // Braces in what is filled in are filled in turn, as these come first.
         let change_one = |writes: bool, closes: bool| {
             let own = if strict {
@@ -278,7 +283,7 @@ SELECT CASE WHEN j.granted OR m.id IS NOT NULL THEN 1::int2
     WHEN i.want = 0 AND NOT EXISTS (SELECT FROM {t} s WHERE s.id = i.id) THEN 2::int2 ELSE 4::int2 END,
   u.data, CASE WHEN j.want <> 2 THEN j.write_id END, u.expires_at - j.now, u.lock_handed, j.lock_owner, j.lock_since,
   GREATEST(j.lock_until - j.now, CASE WHEN NOT j.open THEN j.want_until - j.now END), COALESCE(j.books, false),
-  (SELECT count({tell}) FROM (SELECT j.id, j.want_token AS told, j.want_process WHERE j.books AND NOT j.open) told)
+  (SELECT count({displace}) FROM (SELECT j.id, j.want_token AS told, j.want_process WHERE j.books AND NOT j.open) told)
 FROM i LEFT JOIN j ON j.n = i.n LEFT JOIN u ON u.id = i.id LEFT JOIN m ON m.id = i.id ORDER BY i.n";
 
 // $1 key, $2 data, $3 write id, $4 length of life.
