@@ -387,7 +387,8 @@ impl<'a> Arena<'a> {
         let mut rates = vec![Vec::new(); contenders.len()];
         let mut waits = vec![Vec::new(); contenders.len()];
         for round in 0..=self.args.rounds {
-            for (n, (name, contender)) in contenders.iter().enumerate() {
+            for n in turns(round as usize, contenders.len()) {
+                let (name, contender) = &contenders[n];
                 bar.set_message(format!("{name}, {tasks} task{}", if tasks == 1 { "" } else { "s" }));
                 let ran = contender.run(tasks, self.args.payload as usize, self.args.round).await?;
                 bar.inc(1);
@@ -531,6 +532,17 @@ fn four_digits(ratio: f64) -> f64 {
     format!("{ratio:.3e}").parse().expect("a printed number can be read")
 }
 
+/// The order of the contenders in a round. What the one before has left awake, and where, is up to a third of a lone cycle, so each
+/// comes as often behind each other one (E. J. Williams, "Experimental designs balanced for the estimation of residual effects of
+/// treatments", 1949): each row of the square moves the one before on by one, and every other row goes backwards.
+fn turns(round: usize, count: usize) -> impl Iterator<Item = usize> {
+    (0..count).map(move |n| {
+        let n = if round.is_multiple_of(2) { n } else { count - 1 - n };
+        let zigzag = if n.is_multiple_of(2) { count - n / 2 } else { n.div_ceil(2) };
+        (zigzag + round / 2) % count
+    })
+}
+
 fn round(number: f64, digits: i32) -> f64 {
     let scale = 10f64.powi(digits);
     (number * scale).round() / scale
@@ -589,7 +601,25 @@ fn print(dsn: &str, args: &BenchArgs, measured: &[Measurement], out: &Output) ->
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+
+    #[test]
+    fn each_contender_comes_as_often_behind_each_other_one() {
+        for count in 1..8 {
+            let mut behind = vec![vec![0; count]; count];
+            for round in 0..2 * count {
+                let order: Vec<_> = turns(round, count).collect();
+                let all: BTreeSet<_> = order.iter().copied().collect();
+                assert_eq!(all, (0..count).collect(), "each has one turn in each round");
+                order.windows(2).for_each(|pair| behind[pair[0]][pair[1]] += 1);
+            }
+            for (before, after) in (0..count * count).map(|n| (n / count, n % count)) {
+                assert_eq!(behind[before][after], if before == after { 0 } else { 2 }, "{after} behind {before} of {count}");
+            }
+        }
+    }
 
     #[test]
     fn what_ran_side_by_side_but_not_at_the_same_time_took_as_long_as_all_of_it() {
