@@ -25,7 +25,7 @@
 
 mod admin;
 mod batches;
-#[cfg(any(feature = "postgres", feature = "mysql"))]
+#[cfg(any(feature = "postgres", feature = "mysql", feature = "sqlite"))]
 mod clock;
 mod config;
 #[cfg(any(feature = "postgres", feature = "mysql"))]

@@ -24,6 +24,7 @@ use rusqlite::Connection;
 use session_core::leased::{Found, Renewed, Verdict};
 use session_core::{LeaseToken, Record};
 
+use crate::clock::Clocks;
 use crate::config::SqlConfig;
 use crate::database::{Alter, Database, Enter, Entered, Failure, Listed, Locked, Owner, Remove, Renew, Waiter};
 use place::Place;
@@ -43,6 +44,7 @@ struct Shared {
     timeout: Duration,
     /// Open as long as this lives, and that says so to other processes.
     side: Option<Side>,
+    clocks: Clocks,
 }
 
 impl Shared {
@@ -72,7 +74,7 @@ pub(crate) async fn connect(path: &Path, config: &SqlConfig, owner: Owner) -> Re
     let side = side::beside(&place.path, Some(owner.process));
     let who = Who { owner, proven: side.is_some() };
     let (table, strict, timeout) = (Table::new(&config.table), config.strict_expiry, config.timeout);
-    let shared = Arc::new(Shared { place, table, who, strict, timeout, side });
+    let shared = Arc::new(Shared { place, table, who, strict, timeout, side, clocks: Clocks::default() });
     let writer = Writer::start(shared.clone()).map_err(|error| {
         let mut failure = Failure::new(session_core::ErrorKind::Unavailable, "no thread could be started");
         failure.source = Some(Box::new(error));

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use session_core::ErrorKind;
 use tokio::sync::oneshot;
 
+use crate::clock::Clocks;
 use crate::database::Failure;
 
 const WAITS: u8 = 0;
@@ -59,9 +60,9 @@ impl<T> Request<T> {
 }
 
 impl<T> Caller<T> {
-    pub(super) async fn answer(mut self) -> Result<T, Failure> {
-        let limit = tokio::time::Instant::from_std(self.deadline + GRACE);
-        match tokio::time::timeout_at(limit, &mut self.answer).await {
+    pub(super) async fn answer(mut self, clocks: &Clocks) -> Result<T, Failure> {
+        let limit = (self.deadline + GRACE).saturating_duration_since(Instant::now());
+        match clocks.limit(limit, &mut self.answer).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_)) => Err(self.lost("the thread of the database has ended without an answer")),
             Err(_) => Err(self.lost("the database file did not answer in time")),
@@ -99,12 +100,12 @@ mod tests {
     #[tokio::test]
     async fn only_what_has_not_begun_in_time_has_certainly_not_happened() {
         let (waiting, caller) = request::<()>(Duration::ZERO);
-        let failure = caller.answer().await.unwrap_err();
+        let failure = caller.answer(&Clocks::default()).await.unwrap_err();
         assert_eq!((failure.kind, failure.sent), (ErrorKind::Unavailable, false));
         assert!(!waiting.start());
         let (begun, caller) = request::<()>(Duration::ZERO);
         assert!(begun.start());
-        assert!(caller.answer().await.unwrap_err().sent);
+        assert!(caller.answer(&Clocks::default()).await.unwrap_err().sent);
         // It may be begun anew, in another transaction, and is told to nobody.
         assert!(begun.start());
         begun.tell(Ok(()));
@@ -115,6 +116,6 @@ mod tests {
         let (request, caller) = request::<()>(Duration::from_secs(3600));
         assert!(request.start());
         drop(request);
-        assert!(caller.answer().await.unwrap_err().sent);
+        assert!(caller.answer(&Clocks::default()).await.unwrap_err().sent);
     }
 }

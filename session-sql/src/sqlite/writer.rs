@@ -121,7 +121,7 @@ impl Writer {
         let (request, caller) = request(self.shared.timeout);
         let task = Task { work, done: None, request, errand, lasting };
         self.call(Call::Serve(Box::new(task)))?;
-        caller.answer().await
+        caller.answer(&self.shared.clocks).await
     }
 
     /// Carries `work` out at once, on the thread of whoever asks; `None` if it would have to wait.
@@ -153,7 +153,7 @@ impl Writer {
         request.start();
         let tell = move |failed: Option<Failure>| request.tell(failed.map_or(Ok(done), Err));
         self.call(Call::Sync(log, Box::new(tell))).map_err(|failure| Failure { sent: true, ..failure })?;
-        caller.answer().await
+        caller.answer(&self.shared.clocks).await
     }
 
     /// Says whether anybody asks at this moment.
@@ -439,6 +439,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
+    use crate::clock::Clocks;
     use crate::database::Owner;
     use crate::sqlite::place::Place;
     use crate::sqlite::row::Who;
@@ -451,7 +452,15 @@ mod tests {
         let who = Who { owner: Owner { text: "a test".into(), process: 7 }, proven: false };
         let place = Place::new(path, durability, true).unwrap();
         let timeout = Duration::from_secs(20);
-        let shared = Shared { place, table: Table::new("sessions"), who, strict: false, timeout, side: None };
+        let shared = Shared {
+            place,
+            table: Table::new("sessions"),
+            who,
+            strict: false,
+            timeout,
+            side: None,
+            clocks: Clocks::default(),
+        };
         let writer = Writer::start(Arc::new(shared)).unwrap();
         writer
             .ask(SAVE, |turn| turn.connection.execute_batch("CREATE TABLE t (n INTEGER); INSERT INTO t VALUES (0)"))
