@@ -100,14 +100,20 @@ impl MySql {
             let _ = write!(lengths, "{}{}", if lengths.is_empty() { "" } else { "," }, write.ttl);
         }
         let (table, live) = (&self.texts.table, LIVE.replace("{now}", NOW));
-        let at = format!("FIELD(id,{keys})");
+        // A token is of one session, so it says whose row it is, and is shorter than its key. A lock of somebody else has no place, and
+        // so no base that it could be.
+        let at = format!("FIELD(lock_token,{tokens})");
+        let first = held[0].1.ttl;
+        let ttl = match held.iter().all(|(_, write)| write.ttl == first) {
+            true => first.to_string(),
+            false => format!("ELT({at},{lengths})"),
+        };
         // The second statement tells who was written by the first: his lock is gone, which a copy that came before may have left.
         let text = format!(
             "START TRANSACTION;SET STATEMENT innodb_lock_wait_timeout=0 FOR UPDATE {table} SET \
-             expires_minute=({NOW}+ELT({at},{lengths})) DIV 60000,expires_at={NOW}+ELT({at},{lengths}),data=ELT({at},{records}),\
-             lock_token=NULL,lock_until=NULL,lock_since=NULL,lock_lease=NULL,lock_owner=NULL,lock_process=NULL,lock_handed=0,\
-             write_id=ELT({at},{ids}) WHERE id IN ({keys}) AND write_id=ELT({at},{bases}) AND lock_token=ELT({at},{tokens}) AND {live} \
-             AND want_token IS NULL;\
+             expires_minute=({NOW}+{ttl}) DIV 60000,expires_at={NOW}+{ttl},data=ELT({at},{records}),write_id=ELT({at},{ids}),\
+             lock_until=NULL,lock_since=NULL,lock_lease=NULL,lock_owner=NULL,lock_process=NULL,lock_handed=0,lock_token=NULL \
+             WHERE id IN ({keys}) AND write_id=ELT({at},{bases}) AND {live} AND want_token IS NULL;\
              SELECT id FROM {table} WHERE id IN ({keys}) AND write_id IN ({ids}) AND lock_token IS NULL;COMMIT"
         );
         let Some(answers) = self.link.fly_unless_locked(text).await? else {

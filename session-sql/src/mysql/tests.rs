@@ -250,6 +250,40 @@ async fn a_save_in_a_batch_hands_its_lock_to_the_next_in_line() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn each_save_of_a_batch_has_its_own_record_base_and_length_of_life() {
+    let database = database("lives", |config| config).await;
+    for lives in [[900; 5], [100, 200, 300, 400, 500]] {
+        let mut saves = Vec::new();
+        for (at, life) in lives.into_iter().enumerate() {
+            let key = format!("{life}-{at}");
+            let (last, entry) = (record(&*database, &key).await, enter(&key));
+            database.enter(std::slice::from_ref(&entry)).await.unwrap();
+            let mut save = write(&key, Basis::Written(last), Some(entry.token), true, Then::Close);
+            let Action::Write { ttl, .. } = &mut save.action else { panic!("it writes") };
+            *ttl = Ttl::from_secs(life);
+            saves.push(save);
+        }
+        // The first two go on from each other's base, and the last has no lock.
+        let [one, two] = [0, 1].map(|at: usize| saves[at].basis);
+        (saves[0].basis, saves[1].basis) = (two, one);
+        saves[4].token = Some(token());
+        let verdicts = database.change(&saves).await.unwrap();
+        for (at, (save, verdict)) in saves.iter().zip(verdicts).enumerate() {
+            let Found::Live { last, record } = database.look(&save.key).await.unwrap() else { panic!("{at} is there") };
+            if [0, 1, 4].contains(&at) {
+                assert_eq!((verdict, last == name(save)), (None, false), "{at} is asked for again, alone");
+                assert_eq!(database.change(std::slice::from_ref(save)).await.unwrap(), [Some(Verdict::Refused)], "{at}");
+                continue;
+            }
+            assert_eq!((verdict, last), (Some(Verdict::Applied), name(save)), "{at}");
+            assert_eq!(record.data, format!("written by {}", save.key).as_bytes());
+            let left = record.ttl.as_duration().as_secs();
+            assert!((lives[at] - 60..=lives[at]).contains(&left), "{at} lives for {left} of {} s", lives[at]);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_place_next_in_line_is_of_who_has_waited_longest() {
     let [ours, theirs] = [database("seniority", |config| config).await, database("seniority", |config| config).await];
     record(&*ours, "k").await;
