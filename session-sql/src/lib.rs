@@ -6,6 +6,9 @@
 //! With [`SqlLockMode::Transaction`] (`lock=transaction`, PostgreSQL and MySQL or MariaDB) an open transaction holds a row lock beside
 //! it, so that the database itself wakes who waits, and frees the sessions of a process that died at once.
 //!
+//! Of the processes that wait for a session's lease one is next in line, and a holder who lets go hands it the lock. Whoever has waited
+//! longer takes that place when he asks, which he does every 50 ms or so.
+//!
 //! | | PostgreSQL 12 | MySQL 8.0, MariaDB 10.5 | SQLite |
 //! |---|---|---|---|
 //! | who waits is | told, by `NOTIFY` | asking again, one task for each session and process | in line, between processes too |
