@@ -6,11 +6,9 @@
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 
-use tokio::runtime::{Handle, Id};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 /// A flight was not over in time.
@@ -22,6 +20,11 @@ pub(crate) struct Late;
 pub(crate) struct Clock(Option<Pin<Box<Sleep>>>);
 
 impl Clock {
+    #[cfg(all(test, feature = "sqlite"))]
+    pub(crate) fn is_set(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// Waits for `flight`, but no longer than `limit`.
     pub(crate) async fn limit<F: Future>(&mut self, limit: Duration, flight: F) -> Result<F::Output, Late> {
         let until = Instant::now() + limit;
@@ -43,29 +46,6 @@ impl Clock {
             Poll::Pending
         })
         .await
-    }
-}
-
-/// Timers for flights that have no connection which could have one.
-#[derive(Debug, Default)]
-pub(crate) struct Clocks(Mutex<Option<(Id, Clock)>>);
-
-impl Clocks {
-    /// Waits for `flight`, but no longer than `limit`. Of several at a time one keeps its timer for the next.
-    pub(crate) async fn limit<F: Future>(&self, limit: Duration, flight: F) -> Result<F::Output, Late> {
-        let runtime = Handle::try_current().ok().map(|runtime| runtime.id());
-        let kept = self.slot().take();
-        // A timer is of the runtime that it was set on, which may have ended.
-        let mut clock = kept.filter(|(id, _)| Some(*id) == runtime).map_or_else(Clock::default, |(_, clock)| clock);
-        let over = clock.limit(limit, flight).await;
-        if let Some(runtime) = runtime {
-            *self.slot() = Some((runtime, clock));
-        }
-        over
-    }
-
-    fn slot(&self) -> MutexGuard<'_, Option<(Id, Clock)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -107,23 +87,5 @@ mod tests {
         let mut clock = Clock::default();
         assert_eq!(clock.limit(Duration::ZERO, async { 7 }).await.unwrap(), 7);
         assert!(clock.0.is_none());
-    }
-
-    #[test]
-    fn a_timer_that_is_kept_is_of_use_on_its_own_runtime_only() {
-        let clocks = Clocks::default();
-        for _ in 0..2 {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-            runtime.block_on(async {
-                for flight in [3, 4, 4].map(Duration::from_secs) {
-                    clocks.limit(LIMIT, sleep(flight)).await.unwrap();
-                    assert!(clocks.slot().as_ref().is_some_and(|(_, clock)| clock.0.is_some()), "it is kept");
-                    clocks.limit(LIMIT, sleep(LIMIT * 2)).await.unwrap_err();
-                }
-                let [one, two] = [LIMIT / 2, LIMIT * 2].map(|flight| clocks.limit(LIMIT, sleep(flight)));
-                let (one, two) = tokio::join!(one, two);
-                assert!(one.is_ok() && two.is_err(), "each has its own limit");
-            });
-        }
     }
 }

@@ -102,17 +102,9 @@ pub(crate) trait Database: fmt::Debug + Send + Sync + 'static {
 /// A place in the register of those who wait, given up when it is dropped.
 #[async_trait]
 pub(crate) trait Waiter: Send {
-    /// Waits for a message, or for as long as `limit`. A message that came before counts.
-    async fn woken(&mut self, limit: Duration) -> Woken;
-}
-
-/// What whoever waits is woken for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Woken {
-    /// The lock may be his, or it is time to look.
-    Look,
-    /// He has lost the place next in line, and nobody will hand him the lock.
-    Displaced,
+    /// Waits for a message, or for as long as `limit`. A message that came before counts. Says no if it is that he has lost the place
+    /// next in line, and nobody will hand him the lock.
+    async fn woken(&mut self, limit: Duration) -> bool;
 }
 
 /// Whose locks they are: this handler in this process.

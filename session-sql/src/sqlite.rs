@@ -6,6 +6,7 @@
 //! has copied the whole log syncs the head of the new one, and that process cannot tell the others.
 
 mod clear;
+mod clocks;
 mod job;
 mod pen;
 mod place;
@@ -24,9 +25,9 @@ use rusqlite::Connection;
 use session_core::leased::{Found, Renewed, Verdict};
 use session_core::{LeaseToken, Record};
 
-use crate::clock::Clocks;
 use crate::config::SqlConfig;
 use crate::database::{Alter, Database, Enter, Entered, Failure, Listed, Locked, Owner, Remove, Renew, Waiter};
+use clocks::Clocks;
 use place::Place;
 use readers::Readers;
 use row::Who;

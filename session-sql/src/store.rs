@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 
 use crate::batches::Batches;
 use crate::config::{SqlConfig, SqlLockMode};
-use crate::database::{Action, Alter, Busy, Database, Enter, Entered, Failure, Remove, Renew, Woken, millis};
+use crate::database::{Action, Alter, Busy, Database, Enter, Entered, Failure, Remove, Renew, millis};
 use crate::transaction::{Hold, Holds, Sought, is_marked, mark};
 
 /// How long the place of a task that gave up waits for the next task of this process.
@@ -302,7 +302,7 @@ impl Store {
             let pause = limit.min(pause.mul_f64(0.5 + share));
             match &mut waiter {
                 Some(waiter) if booked => {
-                    if waiter.woken(limit).await == Woken::Displaced {
+                    if !waiter.woken(limit).await {
                         // To ask again at once would be in vain. If he was told late, and is next in line again, he may still be woken.
                         waiter.woken(pause).await;
                     }

@@ -24,7 +24,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 use super::server::{Parameters, Server, bytes};
-use crate::database::{Failure, Waiter, Woken};
+use crate::database::{Failure, Waiter};
 
 /// The pauses between attempts to listen again, the last one again and again.
 const PAUSES: [Duration; 4] =
@@ -176,10 +176,10 @@ struct Place {
 
 #[async_trait]
 impl Waiter for Place {
-    async fn woken(&mut self, limit: Duration) -> Woken {
+    async fn woken(&mut self, limit: Duration) -> bool {
         let limit = if *self.shared.state.borrow() == State::Listening { limit } else { limit.min(POLL) };
         let told = timeout(limit, self.wake.told.notified()).await.is_ok();
-        if told && self.wake.displaced.load(Ordering::Acquire) { Woken::Displaced } else { Woken::Look }
+        !(told && self.wake.displaced.load(Ordering::Acquire))
     }
 }
 

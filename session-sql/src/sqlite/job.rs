@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use session_core::ErrorKind;
 use tokio::sync::oneshot;
 
-use crate::clock::Clocks;
+use super::clocks::Clocks;
 use crate::database::Failure;
 
 const WAITS: u8 = 0;

@@ -439,8 +439,8 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::clock::Clocks;
     use crate::database::Owner;
+    use crate::sqlite::clocks::Clocks;
     use crate::sqlite::place::Place;
     use crate::sqlite::row::Who;
     use crate::sqlite::table::Table;
