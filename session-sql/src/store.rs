@@ -120,7 +120,7 @@ impl Store {
         token: LeaseToken,
         hold: Option<(&Holds, &Hold)>,
     ) -> Result<Granted<LeaseToken>> {
-        let mut attempt = Attempt { store: self, row: ask.row, token, armed: true };
+        let mut attempt = Attempt { store: self, row: ask.row, token, armed: true, asking: true };
         let entry = ask.entry(token);
         let granted = match self.enter(&entry).await {
             Ok(Entered::Absent) => {
@@ -206,7 +206,7 @@ impl Store {
 
     /// Takes the lease if it is free although somebody has the transaction; otherwise says how long it lasts.
     async fn glance(self: &Arc<Self>, ask: &Asking<'_>, token: LeaseToken) -> Result<Result<Granted<LeaseToken>, Duration>> {
-        let mut attempt = Attempt { store: self, row: ask.row, token, armed: true };
+        let mut attempt = Attempt { store: self, row: ask.row, token, armed: true, asking: true };
         let entered = self.enter(&ask.entry(token)).await;
         attempt.armed = entered.as_ref().is_err_and(|failure| failure.sent);
         match entered.map_err(|failure| failure.into_error(ask.operation))? {
@@ -263,8 +263,12 @@ impl Store {
                 (entry.probe, probed) = (true, Instant::now());
             }
             entry.waited = millis(began.elapsed());
+            attempt.asking = true;
             let entered = match self.enter(&entry).await {
-                Ok(entered) => entered,
+                Ok(entered) => {
+                    attempt.asking = false;
+                    entered
+                }
                 Err(failure) => {
                     attempt.give_up().await;
                     return Err(failure.into_error(operation));
@@ -330,10 +334,11 @@ impl Store {
         }
     }
 
-    /// Gives up what `token` has, or gets from a request that was given up on its way.
-    async fn withdraw(&self, key: &str, token: LeaseToken) {
+    /// Gives up what `token` has, or gets from a request that was given up on its way. While there is one, that something was given up
+    /// says little: a batch that finds a lock gone which it has just taken takes it once more.
+    async fn withdraw(&self, key: &str, token: LeaseToken, asking: bool) {
         let mut pauses = AGAIN.iter();
-        while !self.give_up(key, token, true).await {
+        while !self.give_up(key, token, true).await || asking {
             match pauses.next() {
                 Some(pause) => tokio::time::sleep(*pause).await,
                 None => return,
@@ -549,12 +554,14 @@ struct Attempt<'a> {
     row: &'a Arc<Row>,
     token: LeaseToken,
     armed: bool,
+    /// Whether a request is on its way.
+    asking: bool,
 }
 
 impl Attempt<'_> {
+    /// Whatever comes too early, or fails, is tried again behind the caller's back.
     async fn give_up(&mut self) {
-        // What fails, or comes too early, is tried again behind the caller's back.
-        self.armed = !matches!(Box::pin(self.store.database.leave(&self.row.key, self.token, true)).await, Ok(true));
+        let _ = Box::pin(self.store.database.leave(&self.row.key, self.token, true)).await;
     }
 
     /// Leaves the place of a task whose time is over to the next task of this process, for a moment (`protocol.md` 13).
@@ -577,8 +584,8 @@ impl Drop for Attempt<'_> {
         if self.armed
             && let Ok(runtime) = Handle::try_current()
         {
-            let (store, row, token) = (self.store.clone(), self.row.clone(), self.token);
-            runtime.spawn(async move { store.withdraw(&row.key, token).await });
+            let (store, row, token, asking) = (self.store.clone(), self.row.clone(), self.token, self.asking);
+            runtime.spawn(async move { store.withdraw(&row.key, token, asking).await });
         }
     }
 }
