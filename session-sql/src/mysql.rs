@@ -23,7 +23,7 @@ use crate::database::{
     Action, Alter, Busy, Database, Enter, Entered, Failure, Listed, Locked, Owner, REMEMBER, Remove, Renew, Waiter, holder,
     millis, span,
 };
-use crate::pieces::in_pieces;
+use crate::pieces::{Finds, MOST, SEARCH, in_pieces};
 use crate::plain::Statement;
 use crate::transaction::Transactions;
 use anchor::Anchor;
@@ -31,7 +31,7 @@ use batch::Batch;
 use front::Fronts;
 use lean::Lean;
 use link::{Given, Link, bytes, flag, id, number, text};
-use texts::{Access, Lock, Texts};
+use texts::{Access, Lock, Text, Texts};
 
 mod anchor;
 mod batch;
@@ -60,6 +60,8 @@ pub(crate) struct MySql {
     /// Whether the server knows how to pass by a row that somebody has locked.
     skips: AtomicBool,
     lean: Lean,
+    /// Expired records, and what is left of others, to be freed.
+    finds: [Finds; 2],
 }
 
 /// Connects to a server.
@@ -116,6 +118,7 @@ impl MySql {
             strict: config.strict_expiry,
             skips: AtomicBool::new(false),
             lean: Lean::default(),
+            finds: Default::default(),
         }
     }
 
@@ -454,15 +457,22 @@ impl Database for MySql {
 
     async fn gc(&self, limit: u32) -> Result<u64, Failure> {
         let [records, rest] = self.texts.gc(self.skips.load(Ordering::Relaxed));
-        let freed = async |text, limit: u32| {
-            let answers = self.link.ask(&[text], &Given { limit, ..Given::default() }).await?;
-            let freed = answers.first().map_or(0, |answer| answer.matched);
-            Ok::<_, Failure>(u32::try_from(freed).unwrap_or(limit))
+        let clear = async |[find, free]: &[Text; 2], limit, finds| {
+            let search = async || {
+                let found = self.link.ask(&[find], &Given { limit: SEARCH, ..Given::default() }).await?;
+                found.iter().flat_map(|answer| &answer.rows).map(|row| Ok(text(row, 0)?.unwrap_or_default())).collect()
+            };
+            let free = async |keys: Vec<String>| {
+                let answers = self.link.ask(&[free], &Given { keys: &keys, limit: MOST as u32, ..Given::default() }).await?;
+                Ok(answers.first().map_or(0, |answer| u32::try_from(answer.matched).unwrap_or(u32::MAX)))
+            };
+            in_pieces(limit, finds, search, free).await
         };
-        let expired = in_pieces(limit, |limit| freed(records, limit)).await?;
+        let [expired, traces] = &self.finds;
+        let freed = clear(records, limit, expired).await?;
         // What is left of others goes last, so that an answer of zero says that no record has expired.
-        in_pieces(limit - expired, |limit| freed(rest, limit)).await?;
-        Ok(u64::from(expired))
+        clear(rest, limit - freed, traces).await?;
+        Ok(u64::from(freed))
     }
 
     async fn list(&self, prefix: &str, after: Option<&str>, limit: u32) -> Result<Vec<Listed>, Failure> {

@@ -30,7 +30,7 @@ use crate::database::{
     Action, Alter, Busy, Database, Enter, Entered, Failure, Listed, Locked, Owner, Remove, Renew, Waiter, holder, millis,
     span,
 };
-use crate::pieces::in_pieces;
+use crate::pieces::{Finds, SEARCH, in_pieces};
 use crate::plain::Statement;
 use crate::transaction::Transactions;
 use listener::{Leave, Listener};
@@ -54,6 +54,8 @@ pub(crate) struct Postgres {
     table: String,
     index: String,
     holds: String,
+    /// Expired records, and what is left of others, to be freed.
+    finds: [Finds; 2],
     strict: bool,
 }
 
@@ -123,7 +125,8 @@ impl Postgres {
         let options = (config.listen && leased).then_some(options);
         let listener = Listener::new(owner.process, &server, Leave(statements.leave.clone()), options);
         let holds = transaction::name_of(&config.table);
-        Self { server, listener, statements, owner, table, index, holds, strict: config.strict_expiry }
+        let (finds, strict) = (Default::default(), config.strict_expiry);
+        Self { server, listener, statements, owner, table, index, holds, finds, strict }
     }
 
     async fn ask(&self, sql: &SqlStr, parameters: Parameters) -> Result<Vec<PgRow>, Failure> {
@@ -278,16 +281,24 @@ impl Database for Postgres {
     }
 
     async fn gc(&self, limit: u32) -> Result<u64, Failure> {
-        let [records, rest] = &self.statements.gc;
-        let freed = async |sql, limit: u32| {
-            let rows = self.ask(sql, Parameters::new().add(i64::from(limit))?).await?;
-            let freed: i64 = rows.first().map_or(Ok(0), |row| field(row, 0))?;
-            Ok::<_, Failure>(u32::try_from(freed).unwrap_or(limit))
+        let [records, rest] = self.statements.gc.each_ref().map(|[find, free]| (find, free));
+        let clear = async |(find, free), limit, finds| {
+            let search = async || {
+                let found = self.ask(find, Parameters::new().add(i64::from(SEARCH))?).await?;
+                found.iter().map(|row| field(row, 0)).collect()
+            };
+            let free = async |keys: Vec<String>| {
+                let freed = self.ask(free, Parameters::new().add(keys)?).await?;
+                let freed: i64 = freed.first().map_or(Ok(0), |row| field(row, 0))?;
+                Ok(u32::try_from(freed).unwrap_or(u32::MAX))
+            };
+            in_pieces(limit, finds, search, free).await
         };
-        let expired = in_pieces(limit, |limit| freed(records, limit)).await?;
+        let [expired, traces] = &self.finds;
+        let freed = clear(records, limit, expired).await?;
         // What is left of others goes last, so that an answer of zero says that no record has expired.
-        in_pieces(limit - expired, |limit| freed(rest, limit)).await?;
-        Ok(u64::from(expired))
+        clear(rest, limit - freed, traces).await?;
+        Ok(u64::from(freed))
     }
 
     async fn list(&self, prefix: &str, after: Option<&str>, limit: u32) -> Result<Vec<Listed>, Failure> {

@@ -44,6 +44,8 @@ pub(super) struct Given<'a> {
     pub(super) from: &'a [u8],
     pub(super) to: &'a [u8],
     pub(super) limit: u32,
+    /// A list; the last of it stands in all the places that are left.
+    pub(super) keys: &'a [String],
 }
 
 #[derive(Clone, Copy)]
@@ -76,6 +78,7 @@ impl Given<'_> {
             Param::From => Value::Bytes(self.from),
             Param::To => Value::Bytes(self.to),
             Param::Limit => Value::Number(self.limit.into()),
+            Param::Listed(at) => self.keys.get(at).or(self.keys.last()).map_or(Value::Null, |key| Value::Bytes(key.as_bytes())),
         }
     }
 }

@@ -7,6 +7,7 @@
 //! Nothing here knows connections.
 
 use crate::database::{CLAIM, REMEMBER, SAME};
+use crate::pieces::MOST;
 
 /// Milliseconds since 1970, the same everywhere in a statement.
 pub(super) const NOW: &str = "(TIMESTAMPDIFF(MICROSECOND,'1970-01-01',UTC_TIMESTAMP(6)) DIV 1000)";
@@ -80,6 +81,8 @@ pub(super) enum Param {
     From,
     To,
     Limit,
+    /// One of a list.
+    Listed(usize),
 }
 
 const PARAMS: [(&str, Param); 18] = [
@@ -125,6 +128,13 @@ impl Text {
             let (name, after) = after.split_at(end);
             if name.is_empty() {
                 sql = sql + before + ":";
+                rest = after;
+                continue;
+            }
+            if name == "keys" {
+                // As many places as there may be, whatever is given, so that it is one statement.
+                params.extend((0..MOST).map(Param::Listed));
+                sql = sql + before + &vec!["?"; MOST].join(",");
                 rest = after;
                 continue;
             }
@@ -178,7 +188,7 @@ pub(super) struct Texts {
     pub(super) locks: Text,
     pub(super) unlock: Text,
     /// By whether rows that somebody has locked are skipped: records, and what is none.
-    gc: [[Text; 2]; 2],
+    gc: [[[Text; 2]; 2]; 2],
     pub(super) rights: [Text; 3],
 }
 
@@ -316,13 +326,17 @@ impl Texts {
         let range = "id>=:from AND id<:to";
         let over = "expires_minute<={now} DIV 60000 AND expires_at<={now} AND {free}";
         let gc = [false, true].map(|skip| {
-            ["data IS NOT NULL", "data IS NULL"].map(|what| match skip {
-                // In this order: a row that was passed by is not looked at again, and so not waited for.
-                true => text(&format!(
-                    "DELETE t FROM (SELECT id FROM {{t}} WHERE {over} AND {what} LIMIT :limit FOR UPDATE SKIP LOCKED) AS old \
-                     STRAIGHT_JOIN {{t}} AS t FORCE INDEX (PRIMARY) ON t.id=old.id"
-                )),
-                false => text(&format!("DELETE FROM {{t}} WHERE {over} AND {what} LIMIT :limit")),
+            ["data IS NOT NULL", "data IS NULL"].map(|what| {
+                let find = text(&format!("SELECT id FROM {{t}} WHERE {over} AND {what} LIMIT :limit"));
+                let free = match skip {
+                    // In this order: a row that was passed by is not looked at again, and so not waited for.
+                    true => text(&format!(
+                        "DELETE t FROM (SELECT id FROM {{t}} FORCE INDEX (PRIMARY) WHERE id IN (:keys) AND {over} AND {what} \
+                         LIMIT :limit FOR UPDATE SKIP LOCKED) AS old STRAIGHT_JOIN {{t}} AS t FORCE INDEX (PRIMARY) ON t.id=old.id"
+                    )),
+                    false => text(&format!("DELETE FROM {{t}} WHERE id IN (:keys) AND {over} AND {what}")),
+                };
+                [find, free]
             })
         });
 
@@ -434,7 +448,7 @@ impl Texts {
         &self.recreate[lock as usize]
     }
 
-    pub(super) fn gc(&self, skip: bool) -> &[Text; 2] {
+    pub(super) fn gc(&self, skip: bool) -> &[[Text; 2]; 2] {
         &self.gc[usize::from(skip)]
     }
 }

@@ -60,8 +60,8 @@ pub(crate) struct Statements {
     pub(crate) renew: SqlStr,
     pub(crate) release: SqlStr,
     pub(crate) leave: SqlStr,
-    /// Expired records, and what is left of others.
-    pub(crate) gc: [SqlStr; 2],
+    /// Finds and frees expired records, and what is left of others.
+    pub(crate) gc: [[SqlStr; 2]; 2],
     pub(crate) list: SqlStr,
     pub(crate) locks: SqlStr,
 }
@@ -134,7 +134,7 @@ impl Statements {
             renew: make(RENEW, &[("strict", strict), ("stub", &stub)]),
             release: make(RELEASE, &[("hand_on", HAND_ON), ("tells", TELL_ONE), ("tell", TELL), ("handed", "$3::bool")]),
             leave: make(LEAVE, &[("tell", TELL)]),
-            gc: [make(GC, &[("what", "IS NOT NULL")]), make(GC, &[("what", "IS NULL")])],
+            gc: ["IS NOT NULL", "IS NULL"].map(|what| [GC_FIND, GC_FREE].map(|sql| make(sql, &[("over", OVER), ("what", what)]))),
             list: make(LIST, &[]),
             locks: make(LOCKS, &[]),
         }
@@ -486,13 +486,17 @@ d AS (DELETE FROM {t} s USING j WHERE s.id = j.id AND j.empties RETURNING {relax
 SELECT own OR wants, (SELECT count({tell}) FROM (SELECT j.id, j.want_token AS told, j.want_process WHERE j.hands AND j.want_process IS NOT NULL) told)
 FROM j";
 
-// $1 how many. The minute is asked for in a query of its own, so that the index can be searched for it.
-const GC: &str = "WITH n AS MATERIALIZED (SELECT {now} AS now),
-r AS MATERIALIZED (
-  SELECT s.id FROM {t} s
-  WHERE s.expires_minute <= (SELECT now / 60000 FROM n) AND s.expires_at <= (SELECT now FROM n)
-    AND (s.lock_until IS NULL OR s.lock_until <= (SELECT now FROM n)) AND s.data {what}
-  ORDER BY s.expires_minute LIMIT $1 FOR UPDATE SKIP LOCKED),
+// Nobody needs the row any more. The minute is compared with a value of its own, so that the index can be searched for it.
+const OVER: &str = "s.expires_minute <= (SELECT now / 60000 FROM n) AND s.expires_at <= (SELECT now FROM n)
+    AND (s.lock_until IS NULL OR s.lock_until <= (SELECT now FROM n))";
+
+// $1 how many.
+const GC_FIND: &str = "WITH n AS MATERIALIZED (SELECT {now} AS now)
+SELECT s.id FROM {t} s WHERE {over} AND s.data {what} ORDER BY s.expires_minute LIMIT $1";
+
+// $1 the keys.
+const GC_FREE: &str = "WITH n AS MATERIALIZED (SELECT {now} AS now),
+r AS MATERIALIZED (SELECT s.id FROM {t} s WHERE s.id = ANY($1::text[]) AND {over} AND s.data {what} FOR UPDATE SKIP LOCKED),
 d AS (DELETE FROM {t} s USING r WHERE s.id = r.id RETURNING s.id)
 SELECT count(*), {relaxed} FROM d";
 
