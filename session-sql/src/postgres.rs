@@ -30,7 +30,7 @@ use crate::database::{
     Action, Alter, Busy, Database, Enter, Entered, Failure, Listed, Locked, Owner, Remove, Renew, Waiter, holder, millis,
     span,
 };
-use crate::pieces::{Finds, SEARCH, in_pieces};
+use crate::pieces::{Finds, in_pieces};
 use crate::plain::Statement;
 use crate::transaction::Transactions;
 use listener::{Leave, Listener};
@@ -284,7 +284,7 @@ impl Database for Postgres {
         let [records, rest] = self.statements.gc.each_ref().map(|[find, free]| (find, free));
         let clear = async |(find, free), limit, finds| {
             let search = async || {
-                let found = self.ask(find, Parameters::new().add(i64::from(SEARCH))?).await?;
+                let found = self.ask(find, Parameters::new()).await?;
                 found.iter().map(|row| field(row, 0)).collect()
             };
             let free = async |keys: Vec<String>| {

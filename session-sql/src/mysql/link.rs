@@ -78,7 +78,9 @@ impl Given<'_> {
             Param::From => Value::Bytes(self.from),
             Param::To => Value::Bytes(self.to),
             Param::Limit => Value::Number(self.limit.into()),
-            Param::Listed(at) => self.keys.get(at).or(self.keys.last()).map_or(Value::Null, |key| Value::Bytes(key.as_bytes())),
+            Param::Listed(at) => {
+                self.keys.get(at).or(self.keys.last()).map_or(Value::Null, |key| Value::Bytes(key.as_bytes()))
+            }
         }
     }
 }

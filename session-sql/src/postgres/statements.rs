@@ -8,6 +8,7 @@ use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
 
 use super::listener::DISPLACED;
 use crate::database::{CLAIM, REMEMBER, SAME, millis};
+use crate::pieces::SEARCH;
 
 /// The clock, asked anew for each row, as a statement may have waited for one.
 const NOW: &str = "(date_part('epoch', clock_timestamp()) * 1000)::int8";
@@ -134,7 +135,9 @@ impl Statements {
             renew: make(RENEW, &[("strict", strict), ("stub", &stub)]),
             release: make(RELEASE, &[("hand_on", HAND_ON), ("tells", TELL_ONE), ("tell", TELL), ("handed", "$3::bool")]),
             leave: make(LEAVE, &[("tell", TELL)]),
-            gc: ["IS NOT NULL", "IS NULL"].map(|what| [GC_FIND, GC_FREE].map(|sql| make(sql, &[("over", OVER), ("what", what)]))),
+            gc: ["IS NOT NULL", "IS NULL"].map(|what| {
+                [GC_FIND, GC_FREE].map(|sql| make(sql, &[("over", OVER), ("what", what), ("limit", &SEARCH.to_string())]))
+            }),
             list: make(LIST, &[]),
             locks: make(LOCKS, &[]),
         }
@@ -490,9 +493,9 @@ FROM j";
 const OVER: &str = "s.expires_minute <= (SELECT now / 60000 FROM n) AND s.expires_at <= (SELECT now FROM n)
     AND (s.lock_until IS NULL OR s.lock_until <= (SELECT now FROM n))";
 
-// $1 how many.
+// How many stands in the text: with a parameter a plan is made for a tenth of what may be over, which is to sort all of it.
 const GC_FIND: &str = "WITH n AS MATERIALIZED (SELECT {now} AS now)
-SELECT s.id FROM {t} s WHERE {over} AND s.data {what} ORDER BY s.expires_minute LIMIT $1";
+SELECT s.id FROM {t} s WHERE {over} AND s.data {what} ORDER BY s.expires_minute LIMIT {limit}";
 
 // $1 the keys.
 const GC_FREE: &str = "WITH n AS MATERIALIZED (SELECT {now} AS now),

@@ -104,12 +104,8 @@ impl Database for TwoSteps {
 /// takes it again.
 #[tokio::test(start_paused = true)]
 async fn a_batch_that_takes_a_lock_again_behind_its_withdrawal_keeps_none() {
-    let database = Arc::new(TwoSteps {
-        locks: Mutex::default(),
-        taken: Notify::new(),
-        left: Notify::new(),
-        alone: Semaphore::new(0),
-    });
+    let database =
+        Arc::new(TwoSteps { locks: Mutex::default(), taken: Notify::new(), left: Notify::new(), alone: Semaphore::new(0) });
     let store = Store::new(database.clone(), SqlConfig::new(SqlServer::MySql(SqlAddress::default())));
     let open = || {
         let (store, row) = (store.clone(), Arc::new(store.place(&SessionId::generate().unwrap())));
