@@ -1,7 +1,7 @@
 //! How a table is cleared of what has expired, so that nobody who is served meanwhile waits long.
 //!
 //! What is deleted in one statement is written to the log of the database at once, and every commit that comes behind it waits until
-//! that is on the disk. So a piece is as large as can be freed in a few milliseconds, and then as long a time is left to the others.
+//! that is on the disk. So a piece is as large as can be freed in a few milliseconds, and then twice as long a time is left to the others.
 //!
 //! What goes is looked for once for many pieces. A database that keeps what was deleted for as long as somebody may still see it passes
 //! all of that whenever it looks, and one that looked anew for each piece would need a time that grows with the square of their number:
@@ -21,14 +21,14 @@ const LEAST: usize = 8;
 pub(crate) const MOST: usize = 64;
 
 /// A piece that took less is followed by a larger one, and one that took more by a smaller one.
-const SHORT: Duration = Duration::from_millis(3);
-const LONG: Duration = Duration::from_millis(8);
+const SHORT: Duration = Duration::from_micros(1500);
+const LONG: Duration = Duration::from_millis(4);
 
 /// How long the others have the database to themselves between two pieces.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(20));
 
-/// How many keys are looked for at a time.
-pub(crate) const SEARCH: u32 = 16_384;
+/// How many keys are looked for at a time. On PostgreSQL each is a page of the table that is read, and is still there when it is freed.
+pub(crate) const SEARCH: u32 = 4096;
 
 /// The keys that were found to be of no use any more, and have not gone. Whether they still are is for him to judge who frees them.
 #[derive(Debug, Default)]
@@ -90,7 +90,7 @@ where
         let took = began.elapsed();
         piece = next(piece, took);
         if all < limit {
-            tokio::time::sleep(took.clamp(PAUSE.0, PAUSE.1)).await;
+            tokio::time::sleep((2 * took).clamp(PAUSE.0, PAUSE.1)).await;
         }
     }
     Ok(all)
@@ -184,7 +184,7 @@ mod tests {
     fn a_piece_grows_and_shrinks_with_the_time_that_it_takes() {
         assert_eq!(next(FIRST, Duration::ZERO), 2 * FIRST);
         assert_eq!(next(MOST, Duration::ZERO), MOST);
-        assert_eq!(next(FIRST, Duration::from_millis(5)), FIRST);
+        assert_eq!(next(FIRST, Duration::from_millis(2)), FIRST);
         assert_eq!(next(FIRST, Duration::from_secs(1)), FIRST / 2);
         assert_eq!(next(LEAST, Duration::from_secs(1)), LEAST);
     }
