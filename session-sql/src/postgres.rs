@@ -43,7 +43,8 @@ const TURNS: usize = 8;
 /// For our own connections: the level of isolation that the statements are made for, and plans that are made once and suit a
 /// table of any size, as each row is looked for by its key.
 const SETUP: &str = "SET default_transaction_isolation = 'read committed'; SET plan_cache_mode = 'force_generic_plan'; \
-    SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off";
+    SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_bitmapscan = off; \
+    SET max_parallel_workers_per_gather = 0; SET jit = off";
 
 pub(crate) struct Postgres {
     server: Arc<Server>,

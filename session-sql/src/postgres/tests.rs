@@ -350,6 +350,24 @@ async fn whoever_leaves_is_told_whether_there_was_anything_to_leave() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_has_expired_is_found_in_the_order_of_the_index_and_not_by_sorting_all_of_it() {
+    // Before the table was ever analyzed, as after a migration.
+    database("backlog").await;
+    let backlog =
+        "ALTER TABLE backlog SET (autovacuum_enabled = off); INSERT INTO backlog (id, data, expires_at, expires_minute)
+        SELECT md5(n::text), repeat('x', 500)::bytea, n, 0 FROM generate_series(1, 100000) n";
+    server().query(backlog).unwrap();
+    let statements = super::Statements::new("backlog", 1000, false);
+    let [[records, _], [traces, _]] = &statements.gc;
+    // Also over the connections of an application, which are set up as it likes.
+    for (set_up, find) in [(super::SETUP, records), (super::SETUP, traces), ("SET plan_cache_mode = auto", records)] {
+        let plan = format!("{set_up}; PREPARE find AS {}; EXPLAIN EXECUTE find", find.as_str());
+        let plan = server().query(&plan).unwrap().concat().join("\n");
+        assert!(plan.contains("Index Scan using backlog_expires") && !plan.contains("Sort"), "{plan}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_process_is_shown_from_the_first_lock_on_and_again_by_a_renewal() {
     let database = database("shown").await;
     // It waits for a moment at most, and a busy machine may take longer to connect.
