@@ -51,32 +51,32 @@ async fn merge(session: Session, units: u32) -> Result<()> {
     Ok(())
 }
 
-/// Returns for how long request 4 waited, how many of the others were over before it, and what is in the session afterwards.
+/// Returns for how long request 4 waited, how many of the others had done their work before it was over, and what is in the session
+/// afterwards. The lock is given back before a response is sent, so request 4 may be answered before a client has read what came before.
 async fn measure(strategy: &str) -> (Duration, usize, u32) {
-    let arrived = Arc::new(AtomicUsize::new(0));
+    let (arrived, over) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let work = {
-        let arrived = arrived.clone();
+        let (arrived, over) = (arrived.clone(), over.clone());
         async move |Path((strategy, units)): Path<(String, u32)>, session: Session, look: SessionView| -> Result<()> {
             arrived.fetch_add(1, Ordering::SeqCst);
-            match &*strategy {
+            let done = match &*strategy {
                 "exclusive" => exclusive(session, units).await,
                 "early release" => early_release(session, units).await,
                 "view" => view(look, units).await,
                 _ => merge(session, units).await,
-            }
+            };
+            over.fetch_add(1, Ordering::SeqCst);
+            done
         }
     };
     let sessions = sessions();
     let url = serve(pages().route("/{strategy}/{units}", post(work)).layer(SessionLayer::new(sessions.clone()))).await;
-    let (browser, over) = (browser(), Arc::new(AtomicUsize::new(0)));
+    let browser = browser();
     post_ok(&browser, format!("{url}/count")).await;
     let mut others = JoinSet::new();
     for (n, units) in WORK.into_iter().enumerate() {
-        let (request, over) = (browser.post(format!("{url}/{strategy}/{units}")).send(), over.clone());
-        others.spawn(async move {
-            assert_eq!(request.await.unwrap().status(), 200);
-            over.fetch_add(1, Ordering::SeqCst);
-        });
+        let request = browser.post(format!("{url}/{strategy}/{units}")).send();
+        others.spawn(async move { assert_eq!(request.await.unwrap().status(), 200) });
         while arrived.load(Ordering::SeqCst) <= n {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
