@@ -65,7 +65,7 @@ pub(crate) enum Place {
     /// Every connection is a store of its own already.
     Memory,
     /// A fresh directory inside the given one, removed when this is dropped.
-    Directory(TempDir, FileDsn),
+    Directory(OwnDirectory, FileDsn),
     /// A prefix of its own on a server; what is stored under it is removed with [`Stores::sweep`].
     Prefix(ServerDsn),
 }
@@ -84,7 +84,7 @@ impl Place {
                     .tempdir_in(parsed.path())
                     .map_err(Failure::local("make a directory of our own in the store"))?;
                 let query = dsn.split_once('?').map(|(_, query)| query.to_owned());
-                Ok(Self::Directory(directory, FileDsn { query }))
+                Ok(Self::Directory(OwnDirectory(directory), FileDsn { query }))
             }
             _ => {
                 let random = WriteId::random()?.to_bytes();
@@ -102,6 +102,28 @@ impl Place {
                 Some(Stores::Directories { root: directory.path().to_owned(), options: options.clone() })
             }
             Self::Prefix(server) => Some(Stores::Prefixes(server.clone())),
+        }
+    }
+}
+
+/// A directory that goes when this is dropped, also if somebody is still writing in it: a command that is told to end is dropped where it
+/// stands, and a file that one of its threads makes behind the back of the removal would keep the directory.
+#[derive(Debug)]
+pub(crate) struct OwnDirectory(TempDir);
+
+impl OwnDirectory {
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for OwnDirectory {
+    fn drop(&mut self) {
+        for _ in 0..200 {
+            match std::fs::remove_dir_all(self.path()) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => std::thread::sleep(Duration::from_millis(1)),
+                _ => break,
+            }
         }
     }
 }
@@ -361,6 +383,27 @@ pub(crate) fn redact(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_directory_of_our_own_goes_while_somebody_writes_in_it() {
+        for _ in 0..20 {
+            let directory = OwnDirectory(tempfile::tempdir().unwrap());
+            let path = directory.path().to_owned();
+            let (begun, waits) = std::sync::mpsc::channel();
+            let writer = std::thread::spawn({
+                let path = path.clone();
+                move || {
+                    (0..)
+                        .take_while(|n| std::fs::write(path.join(n.to_string()), "").is_ok() && begun.send(()).is_ok())
+                        .count()
+                }
+            });
+            waits.recv().unwrap();
+            drop(directory);
+            assert!(!path.exists());
+            assert!(writer.join().unwrap() > 0);
+        }
+    }
 
     #[test]
     fn another_directory_keeps_the_options_and_survives_odd_names() {
