@@ -31,7 +31,8 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_mi
 pub(crate) const SEARCH: u32 = 4096;
 
 /// The keys that were found to be of no use any more, and have not gone. Whether they still are is for him to judge who frees them.
-#[derive(Debug, Default)]
+/// They are ids, so there is no `Debug`.
+#[derive(Default)]
 pub(crate) struct Finds(Mutex<VecDeque<String>>);
 
 impl Finds {

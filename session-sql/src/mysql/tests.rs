@@ -377,6 +377,33 @@ async fn gc_passes_by_a_row_that_somebody_has_locked() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_found_to_be_over_and_lives_again_is_spared_by_the_next_call() {
+    for (table, skips) in [("again", true), ("again_unskipped", false)] {
+        let maker = database(table, |config| config).await;
+        // One that was never checked takes the server for one that cannot pass by what is locked.
+        let limit = Duration::from_secs(20);
+        let config = SqlConfig::from_dsn(&Dsn::parse(&server().url()).unwrap()).unwrap().with_table(table);
+        let link = Link::own(server().url().parse().unwrap(), 2, limit, limit);
+        let unchecked: Arc<dyn Database> = Arc::new(MySql::new(link, &config, Owner::new().unwrap()));
+        let database = if skips { maker } else { unchecked };
+        let table = format!("sessionkit.{table}");
+        for key in ["a", "b", "c"] {
+            record(&*database, key).await;
+        }
+        let set = |what: &str| server().query(&format!("UPDATE {table} SET {what}")).unwrap();
+        set("expires_at=1,expires_minute=0");
+        assert_eq!(database.gc(1).await.unwrap(), 1, "all three were found, and one has gone");
+        // One is prolonged, and one is held by somebody, each without a word to whoever collects.
+        set("expires_at=9e15,expires_minute=15e10 ORDER BY id LIMIT 1");
+        set("lock_token='0123456789abcdef',lock_until=9e15 ORDER BY id DESC LIMIT 1");
+        assert_eq!(database.gc(100).await.unwrap(), 0);
+        assert_eq!(server().query(&format!("SELECT COUNT(*) FROM {table}")).unwrap(), [["2"]]);
+        set("expires_at=1,expires_minute=0,lock_token=NULL,lock_until=NULL");
+        assert_eq!(database.gc(100).await.unwrap(), 2);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn batches_that_meet_lose_nothing() {
     let database = database("meeting", |config| config).await;
     let mut lasts = Vec::new();

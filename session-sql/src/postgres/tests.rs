@@ -368,6 +368,28 @@ async fn what_has_expired_is_found_in_the_order_of_the_index_and_not_by_sorting_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_found_to_be_over_and_lives_again_is_spared_by_the_next_call() {
+    let database = database("again").await;
+    for key in ["a", "b", "c"] {
+        database.change(&[write(key, Basis::Unseen, None, wid(), key, Then::Close)]).await.unwrap();
+    }
+    server().query("UPDATE again SET expires_at = 1, expires_minute = 0").unwrap();
+    assert_eq!(database.gc(1).await.unwrap(), 1, "all three were found, and one has gone");
+    // One is prolonged, and one is held by somebody, each without a word to whoever collects.
+    let left = |sql: &str| server().query(sql).unwrap().concat();
+    server()
+        .query(
+            "UPDATE again SET expires_at = 9e15::int8, expires_minute = 15e10::int8 WHERE id = (SELECT min(id) FROM again)",
+        )
+        .unwrap();
+    server().query("UPDATE again SET lock_until = 9e15::int8 WHERE id = (SELECT max(id) FROM again)").unwrap();
+    assert_eq!(database.gc(100).await.unwrap(), 0);
+    assert_eq!(left("SELECT count(*) FROM again"), ["2"]);
+    server().query("UPDATE again SET expires_at = 1, expires_minute = 0, lock_until = NULL").unwrap();
+    assert_eq!(database.gc(100).await.unwrap(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_process_is_shown_from_the_first_lock_on_and_again_by_a_renewal() {
     let database = database("shown").await;
     // It waits for a moment at most, and a busy machine may take longer to connect.
