@@ -229,6 +229,8 @@ flaws! {
     GcTakesRenewed,
     /// Collects what it found expired some time ago without looking again.
     GcTakesReplaced,
+    /// Collects what an earlier collection found expired and left, without looking again.
+    GcTrustsEarlierFinds,
     /// Collects without limit.
     GcIgnoresLimit,
     /// Counts what was destroyed as expired.

@@ -37,6 +37,8 @@ pub(crate) struct Store {
     inner: Mutex<Inner>,
     instances: AtomicU64,
     collecting: AtomicBool,
+    /// What a collection found and left, for a flaw that trusts it.
+    left: Mutex<Vec<String>>,
     openings: Arc<Semaphore>,
 }
 
@@ -102,6 +104,7 @@ impl Store {
             inner: Mutex::default(),
             instances: AtomicU64::new(0),
             collecting: AtomicBool::new(false),
+            left: Mutex::default(),
             openings: Arc::new(Semaphore::new(8)),
         }
     }

@@ -145,6 +145,7 @@ caught_by! {
     expiry::a_lease_lasts_its_length: LeaseEndsEarly;
     expiry::gc_spares_the_living: GcTakesTheLiving;
     expiry::gc_spares_what_was_prolonged: GcTakesRenewed;
+    expiry::gc_spares_what_lives_again: GcTrustsEarlierFinds;
     expiry::gc_spares_the_held: GcTakesHeld;
     expiry::gc_counts_each_record_once: GcCountsTwice, GcCountsDestroyed;
     expiry::gc_respects_its_limit: GcIgnoresLimit;

@@ -157,9 +157,16 @@ impl SessionHandler for StoreHandler {
         let two_steps = matches!(store.flaw, Flaw::GcTakesReplaced | Flaw::GcCountsTwice);
         let mut freed = 0;
         let mut found = Vec::new();
+        let mut trusted = std::mem::take(&mut *store.left.lock().unwrap_or_else(PoisonError::into_inner));
+        for key in trusted.drain(..trusted.len().min(limit)) {
+            freed += store.with(&key, |cell, _| u64::from(cell.record.take().is_some()));
+        }
         for key in keys {
             if freed as usize + found.len() >= limit {
-                break;
+                if store.is(Flaw::GcTrustsEarlierFinds) && store.with(&key, |cell, latch| dead(cell, latch)) {
+                    trusted.push(key);
+                }
+                continue;
             }
             if store.is(Flaw::GcWaits) {
                 store.wait_until_free(&key, None).await;
@@ -196,6 +203,7 @@ impl SessionHandler for StoreHandler {
         } else if store.is(Flaw::GcRunsAlone) {
             tokio::time::sleep(GAP).await;
         }
+        *store.left.lock().unwrap_or_else(PoisonError::into_inner) = trusted;
         store.collecting.store(false, Ordering::SeqCst);
         Ok(freed)
     }
