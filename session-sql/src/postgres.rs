@@ -42,9 +42,12 @@ const TURNS: usize = 8;
 
 /// For our own connections: the level of isolation that the statements are made for, and plans that are made once and suit a
 /// table of any size, as each row is looked for by its key.
+///
+/// And pages of a table that is larger than the memory of the server go to the disk while it works, not all at the end of a checkpoint:
+/// the kernel wrote gigabytes then, and whoever committed beside it waited 70 to 350 ms. It is how checkpoints themselves do it.
 const SETUP: &str = "SET default_transaction_isolation = 'read committed'; SET plan_cache_mode = 'force_generic_plan'; \
     SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_bitmapscan = off; \
-    SET max_parallel_workers_per_gather = 0; SET jit = off";
+    SET max_parallel_workers_per_gather = 0; SET jit = off; SET backend_flush_after = '256kB'";
 
 pub(crate) struct Postgres {
     server: Arc<Server>,
