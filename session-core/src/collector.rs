@@ -238,7 +238,8 @@ impl<B: Batch> Collector<B> {
                 Verdict::Alone(lone) => lone,
             },
         };
-        lone.send().await
+        // On the heap: with others beside it, an operation seldom goes alone.
+        Box::pin(lone.send()).await
     }
 }
 

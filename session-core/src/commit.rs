@@ -132,12 +132,13 @@ impl Core {
         wait: Duration,
         lease: Duration,
     ) -> Result<()> {
+        // What is rarer is on the heap, so that what most requests do does not carry the room for it.
         match work.mode {
             Mode::Retired => Ok(()),
-            Mode::Fresh => self.create_record(work, then, lease).await,
-            Mode::Optimistic if work.compare => self.compare_and_replace(work, wait, lease).await,
+            Mode::Fresh => Box::pin(self.create_record(work, then, lease)).await,
+            Mode::Optimistic if work.compare => Box::pin(self.compare_and_replace(work, wait, lease)).await,
             Mode::Exclusive | Mode::Optimistic => self.replace(work, then, lease).await,
-            Mode::Merge => self.merge(work, then, wait, lease).await,
+            Mode::Merge => Box::pin(self.merge(work, then, wait, lease)).await,
         }
     }
 
@@ -190,7 +191,7 @@ impl Core {
             return Err(Error::new(ErrorKind::Fenced, "save", "an earlier failure has ended this session; open it again"));
         };
         if let Some(new_id) = work.new_id {
-            return self.move_to_new_id(work, opening, new_id, then, lease).await;
+            return Box::pin(self.move_to_new_id(work, opening, new_id, then, lease)).await;
         }
         let change = match self.change(work, then) {
             Ok(change) => change,

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::handler::{Cursor, LockInfo, OpenRequest, OpenSession, Page, SessionAdmin, SessionHandler};
-use crate::id::SessionId;
+use crate::id::{SessionId, write_bits};
 
 /// Keeps this hash apart from every other use of SHA-256 on the same id. Changing it loses every stored session.
 const DOMAIN: &[u8] = b"sessionkit session id v1\0";
@@ -44,21 +44,11 @@ impl HashIds<()> {
     /// Never: what it makes is always an accepted id.
     #[must_use]
     pub fn hash(id: &SessionId) -> SessionId {
-        const ALPHABET: &[u8; 32] = b"0123456789abcdefghijklmnopqrstuv";
         let digest = Sha256::new().chain_update(DOMAIN).chain_update(id.as_str()).finalize();
-        let mut text = String::with_capacity(HASHED_LEN);
-        let (mut bits, mut held) = (0u32, 0u32);
-        for byte in digest {
-            bits = bits << 8 | u32::from(byte);
-            held += 8;
-            while held >= 5 {
-                held -= 5;
-                text.push(char::from(ALPHABET[(bits >> held) as usize & 31]));
-            }
-        }
         // 256 bits are 51 characters and one bit.
-        text.push(char::from(ALPHABET[(bits << (5 - held)) as usize & 31]));
-        SessionId::parse(&text).expect("52 characters of the alphabet are an id")
+        let mut text = [0u8; HASHED_LEN];
+        write_bits(&digest, &mut text);
+        SessionId::written(&text)
     }
 }
 

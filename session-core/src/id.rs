@@ -26,17 +26,17 @@ impl SessionId {
     /// # Errors
     /// [`Unavailable`](ErrorKind::Unavailable) if the operating system has no randomness to give; there is no second source.
     pub fn generate() -> Result<Self> {
-        const ALPHABET: &[u8; 32] = b"0123456789abcdefghijklmnopqrstuv";
         let mut bits = [0u8; 20];
         fill_random(&mut bits)?;
         let mut text = [0u8; 32];
-        for (five, out) in bits.chunks_exact(5).zip(text.chunks_exact_mut(8)) {
-            let word = five.iter().fold(0u64, |word, byte| word << 8 | u64::from(*byte));
-            for (n, out) in out.iter_mut().enumerate() {
-                *out = ALPHABET[(word >> (35 - 5 * n)) as usize & 31];
-            }
-        }
-        Ok(Self(std::str::from_utf8(&text).expect("the alphabet is ASCII").into()))
+        write_bits(&bits, &mut text);
+        Ok(Self::written(&text))
+    }
+
+    /// Takes what [`write_bits`] has written, which has the length and the alphabet of an id.
+    pub(crate) fn written(text: &[u8]) -> Self {
+        debug_assert!((Self::MIN_LEN..=Self::MAX_LEN).contains(&text.len()));
+        Self(std::str::from_utf8(text).expect("the alphabet is ASCII").into())
     }
 
     /// Checks what came from outside. What is not an id is `None`: treat it as if no id had been sent.
@@ -57,6 +57,18 @@ impl SessionId {
 impl fmt::Debug for SessionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("SessionId(..)")
+    }
+}
+
+/// Writes bits as characters of `[0-9a-v]`, five to each, the highest first; what the last one lacks are zeros.
+pub(crate) fn write_bits(bits: &[u8], text: &mut [u8]) {
+    const ALPHABET: &[u8; 32] = b"0123456789abcdefghijklmnopqrstuv";
+    // Five bytes are eight characters.
+    for (bytes, text) in bits.chunks(5).zip(text.chunks_mut(8)) {
+        let word = bytes.iter().enumerate().fold(0u64, |word, (n, byte)| word | u64::from(*byte) << (32 - 8 * n));
+        for (n, character) in text.iter_mut().enumerate() {
+            *character = ALPHABET[(word >> (35 - 5 * n)) as usize & 31];
+        }
     }
 }
 

@@ -412,7 +412,7 @@ impl<S: LeasedStore> Leased<S> {
                 }
             }
             (Access::ReadOnly | Access::Optimistic, _) => {
-                let found = self.store.look("open", &opening.place).await.map_err(|failed| failed.error)?;
+                let found = Box::pin(self.store.look("open", &opening.place)).await.map_err(|failed| failed.error)?;
                 opening.see(found);
             }
         }
@@ -513,7 +513,8 @@ impl<S: LeasedStore> Opening<S> {
         }
         if let Some(end) = self.end {
             // A repeat after a lost answer: the first copy has closed this opening.
-            let found = self.store.look("write", &self.place).await.map_err(|failed| failed.into_outcome(true))?;
+            let found = Box::pin(self.store.look("write", &self.place)).await;
+            let found = found.map_err(|failed| failed.into_outcome(true))?;
             return match found {
                 Found::Live { last, .. } if last == id => Ok(Written::AlreadyApplied),
                 _ => Err(end.error("write")),
@@ -694,11 +695,12 @@ impl<S: LeasedStore> OpenSession for Opening<S> {
     }
 
     async fn save(&mut self, change: &Change, id: WriteId) -> Result<Written> {
+        // What is rarer is on the heap, so that a write does not carry the room for it.
         match change {
             Change::Write(record) => self.put(record, id, Then::Close).await,
-            Change::Touch(ttl) => self.move_deadline(*ttl, Then::Close).await,
-            Change::Destroy => self.remove(Then::Close).await.map(|_| Written::Applied),
-            Change::Nothing => self.give_back().await.map(|()| Written::Applied),
+            Change::Touch(ttl) => Box::pin(self.move_deadline(*ttl, Then::Close)).await,
+            Change::Destroy => Box::pin(self.remove(Then::Close)).await.map(|_| Written::Applied),
+            Change::Nothing => Box::pin(self.give_back()).await.map(|()| Written::Applied),
         }
     }
 

@@ -4,7 +4,7 @@
 //! entry for a session only while somebody holds or waits for it.
 
 use std::collections::HashMap;
-use std::collections::hash_map::{Entry, RandomState};
+use std::collections::hash_map::RandomState;
 use std::fmt;
 use std::hash::BuildHasher;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -110,11 +110,10 @@ struct User {
 impl Drop for User {
     fn drop(&mut self) {
         let mut shard = lock(self.queues.shard(&self.id));
-        if let Entry::Occupied(mut slot) = shard.entry(self.id.clone()) {
-            slot.get_mut().users -= 1;
-            if slot.get().users == 0 {
-                slot.remove();
-            }
+        let Some(slot) = shard.get_mut(&self.id) else { return };
+        slot.users -= 1;
+        if slot.users == 0 {
+            shard.remove(&self.id);
         }
     }
 }

@@ -180,7 +180,7 @@ impl Store {
         }
         let mut commands = Pipeline::with_capacity(4);
         enter(&mut commands, keys, value, lease.to_string().as_bytes(), want != Want::Lock);
-        match self.ask_twice(keys, &commands).await {
+        match Box::pin(self.ask_twice(keys, &commands)).await {
             Ok((answers, repeated)) => (Entered::parse(&mut answers.into_iter(), want != Want::Lock), repeated),
             Err(failure) => (Err(failure), false),
         }
@@ -190,7 +190,11 @@ impl Store {
     pub(crate) async fn judge(&self, keys: &Keys, change: Change) -> (Result<Value, Failure>, bool) {
         match &self.batches {
             Some(batches) => batches.change(keys, change).await,
-            None => self.run_once(keys, &self.scripts.save, &change.args(&change.ttl.to_string())).await,
+            None => {
+                let ttl = change.ttl.to_string();
+                // On the heap, so that what travels in batches does not carry the room for it.
+                Box::pin(self.run_once(keys, &self.scripts.save, &change.args(&ttl))).await
+            }
         }
     }
 
