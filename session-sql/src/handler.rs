@@ -53,6 +53,11 @@ impl SqlHandler {
     /// Uses the connections of the application: those that sqlx makes for PostgreSQL. Of `config` everything counts but the address
     /// and what is said of connections. No connection is kept while a session is open.
     ///
+    /// The connections stay as the application has set them up. Of what [`connect`](Self::connect) says to its own, one thing is worth
+    /// saying there, too, in `after_connect` of the pool: `SET backend_flush_after = '256kB'`. A table that is larger than the memory of
+    /// the server is then written as it changes, and not at the end of a checkpoint, which can hold up whoever commits for tenths of a
+    /// second.
+    ///
     /// # Errors
     /// As [`connect`](Self::connect).
     #[cfg(feature = "postgres")]

@@ -14,6 +14,11 @@
 //! | who waits is | told, by `NOTIFY` | asking again, one task for each session and process | in line, between processes too |
 //! | a process that was killed is known by | an advisory lock on a connection of its own | `GET_LOCK` on one | a lock of the kernel on a file beside |
 //! | elsewhere than on one server | behind a pooler that changes servers, such as PgBouncer 1.21 in transaction mode, who waits asks again (`wake=poll` says so from the start), and a killed holder keeps others out until his lease ends | on Galera and others that have several servers to write to, a killed holder keeps others out until his lease ends | a file that several machines share is not for SQLite |
+//!
+//! What has expired is deleted by [`gc`](session_core::SessionHandler::gc) in pieces of at most 64 rows on a server, and behind each the
+//! others have twice its time for themselves. Whoever is held up nevertheless should look at the log of the database: a busy table of a
+//! million rows stalled for 40 to 75 ms now and then, with and without gc, while MariaDB had a log of 96 MB (`innodb_log_file_size`, as it
+//! comes), and for 20 to 31 ms with one of 1 GB.
 
 #![cfg_attr(
     not(any(feature = "postgres", feature = "mysql", feature = "sqlite")),
