@@ -47,6 +47,7 @@ const TURNS: usize = 8;
 /// the kernel wrote gigabytes then, and whoever committed beside it waited 70 to 350 ms. It is how checkpoints themselves do it.
 const SETUP: &str = "SET default_transaction_isolation = 'read committed'; SET plan_cache_mode = 'force_generic_plan'; \
     SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_bitmapscan = off; \
+    SET enable_indexonlyscan = off; \
     SET max_parallel_workers_per_gather = 0; SET jit = off; SET backend_flush_after = '256kB'";
 
 pub(crate) struct Postgres {

@@ -220,17 +220,20 @@ SELECT CASE WHEN left_over > 0 THEN 3::int2 ELSE 4::int2 END, NULL, NULL, NULL, 
     GREATEST(lock_until - now, CASE WHEN want_token <> $2 THEN want_until - now END) AS left_over FROM (
     SELECT *, {now} AS now FROM {t} WHERE id = $1 AND NOT EXISTS (SELECT FROM u)) s) s";
 
+// A row is found by `s.id = ANY(ARRAY[i.id])` and not by `s.id = i.id`, which says the same: of that, a plan that is made while the table
+// has a row or two reads all of the table once for each batch, because that costs no more then, and it is kept while the table grows.
+
 // $1 keys, $2 tokens, $3 leases, $4 owner, $5 process. Nobody holds or wants what is answered; the rest is the business of `ENTER`.
 const ENTER_FREE: &str = "WITH z AS MATERIALIZED (SELECT {relaxed} AS z, {now} AS now),
 r AS MATERIALIZED (
   SELECT i.id, i.token, i.lease, i.n
   FROM z, unnest($1::text[], $2::bytea[], $3::int8[]) WITH ORDINALITY AS i(id, token, lease, n), {t} s
-  WHERE z.z IS NOT NULL AND s.id = i.id FOR NO KEY UPDATE OF s SKIP LOCKED)
+  WHERE z.z IS NOT NULL AND s.id = ANY(ARRAY[i.id]) FOR NO KEY UPDATE OF s SKIP LOCKED)
 UPDATE {t} AS s SET lock_token = r.token, lock_until = z.now + r.lease, lock_since = z.now, lock_lease = r.lease,
   lock_owner = $4::text, lock_process = $5::int8, lock_handed = false,
   expires_at = GREATEST(s.expires_at, z.now + 2 * r.lease), expires_minute = GREATEST(s.expires_at, z.now + 2 * r.lease) / 60000
 FROM z, r
-WHERE s.id = r.id AND s.data IS NOT NULL AND s.expires_at > z.now AND s.lock_token IS NULL AND s.want_token IS NULL
+WHERE s.id = ANY(ARRAY[r.id]) AND s.data IS NOT NULL AND s.expires_at > z.now AND s.lock_token IS NULL AND s.want_token IS NULL
 RETURNING r.n, s.data, s.write_id, s.expires_at - z.now";
 
 // $1 keys, $2 tokens, $3 leases, $4 bookings, $5 wants (0 existing, 1 any, 2 the lock), $6 probes, $7 owner, $8 the process of its
@@ -272,18 +275,18 @@ u AS (
       WHEN granted AND NOT j.filled AND j.write_id IS NULL THEN j.now + j.lease + {stub} END),
     expires_minute = GREATEST(s.expires_at, CASE WHEN granted AND j.want <> 2 AND j.live THEN j.now + 2 * j.lease
       WHEN granted AND NOT j.filled AND j.write_id IS NULL THEN j.now + j.lease + {stub} END) / 60000
-  FROM j WHERE s.id = j.id AND (j.granted OR j.books)
+  FROM j WHERE s.id = ANY(ARRAY[j.id]) AND (j.granted OR j.books)
   RETURNING s.id, CASE WHEN j.granted AND j.live AND j.want <> 2 THEN s.data END AS data, s.expires_at, s.lock_handed, {relaxed}),
 m AS (
   INSERT INTO {t} AS s (id, expires_at, expires_minute, lock_token, lock_until, lock_since, lock_lease, lock_owner, lock_process,
     lock_handed)
   SELECT i.id, now + lease + {stub}, (now + lease + {stub}) / 60000, token, now + lease, now, lease, $7, $8, false
-  FROM (SELECT *, {now} AS now FROM i WHERE want <> 0 AND '{skip}' = '' AND NOT EXISTS (SELECT FROM {t} s WHERE s.id = i.id)) i
+  FROM (SELECT *, {now} AS now FROM i WHERE want <> 0 AND '{skip}' = '' AND NOT EXISTS (SELECT FROM {t} s WHERE s.id = ANY(ARRAY[i.id]))) i
   ON CONFLICT (id) DO NOTHING RETURNING s.id, {relaxed})
 SELECT CASE WHEN j.granted OR m.id IS NOT NULL THEN 1::int2
     WHEN j.id IS NOT NULL AND j.want = 0 AND NOT j.live THEN 2::int2
     WHEN j.id IS NOT NULL THEN 3::int2
-    WHEN i.want = 0 AND NOT EXISTS (SELECT FROM {t} s WHERE s.id = i.id) THEN 2::int2 ELSE 4::int2 END,
+    WHEN i.want = 0 AND NOT EXISTS (SELECT FROM {t} s WHERE s.id = ANY(ARRAY[i.id])) THEN 2::int2 ELSE 4::int2 END,
   u.data, CASE WHEN j.want <> 2 THEN j.write_id END, u.expires_at - j.now, u.lock_handed, j.lock_owner, j.lock_since,
   GREATEST(j.lock_until - j.now, CASE WHEN NOT j.open THEN j.want_until - j.now END), COALESCE(j.books, false),
   (SELECT count({displace}) FROM (SELECT j.id, j.want_token AS told, j.want_process WHERE j.books AND NOT j.open) told)
@@ -316,12 +319,12 @@ r AS MATERIALIZED (
   SELECT i.*
   FROM unnest($1::text[], $2::bytea[], $3::bytea[], $4::bytea[], $5::bytea[], $6::int8[])
     WITH ORDINALITY AS i(id, token, base, wid, body, ttl, n), {t} s
-  WHERE s.id = i.id FOR NO KEY UPDATE OF s SKIP LOCKED)
+  WHERE s.id = ANY(ARRAY[i.id]) FOR NO KEY UPDATE OF s SKIP LOCKED)
 UPDATE {t} AS s SET data = r.body, write_id = r.wid, expires_at = z.now + r.ttl, expires_minute = (z.now + r.ttl) / 60000,
   lock_token = NULL, lock_until = NULL, lock_since = NULL, lock_lease = NULL, lock_owner = NULL, lock_process = NULL,
   lock_handed = NULL
 FROM z, r
-WHERE s.id = r.id AND s.write_id = r.base AND s.data IS NOT NULL AND s.expires_at > z.now AND s.lock_token = r.token
+WHERE s.id = ANY(ARRAY[r.id]) AND s.write_id = r.base AND s.data IS NOT NULL AND s.expires_at > z.now AND s.lock_token = r.token
   AND s.want_token IS NULL
 RETURNING r.n";
 
@@ -378,8 +381,8 @@ u AS (
     lock_handed = CASE WHEN takes THEN false WHEN hands THEN j.own WHEN releases THEN NULL ELSE s.lock_handed END,
     want_token = CASE WHEN hands THEN NULL ELSE s.want_token END,
     want_until = CASE WHEN hands THEN NULL ELSE s.want_until END
-  FROM j JOIN i ON i.n = j.n WHERE s.id = j.id AND (j.verdict = 1 OR j.takes OR j.releases) AND NOT j.empties),
-d AS (DELETE FROM {t} s USING j WHERE s.id = j.id AND j.empties),
+  FROM j JOIN i ON i.n = j.n WHERE s.id = ANY(ARRAY[j.id]) AND (j.verdict = 1 OR j.takes OR j.releases) AND NOT j.empties),
+d AS (DELETE FROM {t} s USING j WHERE s.id = ANY(ARRAY[j.id]) AND j.empties),
 m AS (
   INSERT INTO {t} AS s (id, data, write_id, expires_at, expires_minute, lock_token, lock_until, lock_since, lock_lease, lock_owner,
     lock_process, lock_handed)
@@ -387,10 +390,10 @@ m AS (
     CASE WHEN takes THEN now END, CASE WHEN takes THEN lease END, CASE WHEN takes THEN $10 END, CASE WHEN takes THEN $11 END,
     CASE WHEN takes THEN false END
   FROM (SELECT *, basis = 0 AND lease IS NOT NULL AND NOT closes AS takes, {now} AS now FROM i
-    WHERE wid IS NOT NULL AND (basis = 0 OR (basis = 1 AND lease IS NULL)) AND NOT EXISTS (SELECT FROM {t} s WHERE s.id = i.id)) i
+    WHERE wid IS NOT NULL AND (basis = 0 OR (basis = 1 AND lease IS NULL)) AND NOT EXISTS (SELECT FROM {t} s WHERE s.id = ANY(ARRAY[i.id]))) i
   ON CONFLICT (id) DO NOTHING RETURNING s.id)
 SELECT CASE WHEN j.n IS NOT NULL THEN j.verdict WHEN m.id IS NOT NULL THEN 1
-    WHEN EXISTS (SELECT FROM {t} s WHERE s.id = i.id) THEN 4
+    WHEN EXISTS (SELECT FROM {t} s WHERE s.id = ANY(ARRAY[i.id])) THEN 4
     WHEN i.basis = 2 OR i.wid IS NULL THEN 3
     WHEN i.basis = 1 AND i.lease IS NOT NULL THEN 0 ELSE 4 END::int2,
   (SELECT count({tell}) FROM (SELECT j.id, j.want_token AS told, j.want_process WHERE j.hands AND j.want_process IS NOT NULL) told)
@@ -420,7 +423,7 @@ u AS (
     lock_handed = CASE WHEN NOT releases THEN s.lock_handed WHEN wanted THEN true END,
     want_token = CASE WHEN releases THEN NULL ELSE s.want_token END,
     want_until = CASE WHEN releases THEN NULL ELSE s.want_until END
-  FROM j WHERE s.id = j.id RETURNING s.id),
+  FROM j WHERE s.id = ANY(ARRAY[j.id]) RETURNING s.id),
 m AS (
   INSERT INTO {t} AS s (id, write_id, expires_at, expires_minute)
   SELECT $1, $4, until, until / 60000 FROM (SELECT {now} + GREATEST({remember}, 2 * $3) AS until) n
@@ -442,14 +445,14 @@ u AS (
       WHEN i.protects THEN GREATEST(s.expires_at, {now} + 2 * i.lease)
       WHEN s.data IS NULL AND s.write_id IS NULL THEN GREATEST(s.expires_at, {now} + i.lease + {stub})
       ELSE s.expires_at END AS until) n)
-  FROM i, z WHERE z.z IS NOT NULL AND s.id = i.id AND s.lock_token = i.token AND (NOT {strict} OR s.lock_until > {now})
+  FROM i, z WHERE z.z IS NOT NULL AND s.id = ANY(ARRAY[i.id]) AND s.lock_token = i.token AND (NOT {strict} OR s.lock_until > {now})
     AND (NOT i.protects OR (s.data IS NOT NULL AND s.expires_at > {now}))
   RETURNING i.n, {relaxed})
 SELECT CASE WHEN u.n IS NOT NULL THEN 1::int2
   WHEN s.lock_token IS DISTINCT FROM i.token THEN 2::int2
   WHEN i.protects AND (s.data IS NULL OR s.expires_at <= {now}) THEN 3::int2
   WHEN {strict} AND s.lock_until <= {now} THEN 2::int2 ELSE 4::int2 END
-FROM i LEFT JOIN u ON u.n = i.n LEFT JOIN {t} s ON s.id = i.id ORDER BY i.n";
+FROM i LEFT JOIN u ON u.n = i.n LEFT JOIN {t} s ON s.id = ANY(ARRAY[i.id]) ORDER BY i.n";
 
 // $1 key, $2 token, $3 whether it is clean. The row of a record or a trace only.
 const RELEASE: &str = "WITH u AS (
@@ -484,8 +487,8 @@ u AS (
     lock_handed = CASE WHEN hands THEN j.clean WHEN own THEN NULL ELSE s.lock_handed END,
     want_token = CASE WHEN hands OR wants THEN NULL ELSE s.want_token END,
     want_until = CASE WHEN hands OR wants THEN NULL ELSE s.want_until END
-  FROM j WHERE s.id = j.id AND (j.own OR j.wants) AND NOT j.empties RETURNING {relaxed}),
-d AS (DELETE FROM {t} s USING j WHERE s.id = j.id AND j.empties RETURNING {relaxed})
+  FROM j WHERE s.id = ANY(ARRAY[j.id]) AND (j.own OR j.wants) AND NOT j.empties RETURNING {relaxed}),
+d AS (DELETE FROM {t} s USING j WHERE s.id = ANY(ARRAY[j.id]) AND j.empties RETURNING {relaxed})
 SELECT own OR wants, (SELECT count({tell}) FROM (SELECT j.id, j.want_token AS told, j.want_process WHERE j.hands AND j.want_process IS NOT NULL) told)
 FROM j";
 
@@ -500,7 +503,7 @@ SELECT s.id FROM {t} s WHERE {over} AND s.data {what} ORDER BY s.expires_minute 
 // $1 the keys.
 const GC_FREE: &str = "WITH n AS MATERIALIZED (SELECT {now} AS now),
 r AS MATERIALIZED (SELECT s.id FROM {t} s WHERE s.id = ANY($1::text[]) AND {over} AND s.data {what} FOR UPDATE SKIP LOCKED),
-d AS (DELETE FROM {t} s USING r WHERE s.id = r.id RETURNING s.id)
+d AS (DELETE FROM {t} s USING r WHERE s.id = ANY(ARRAY[r.id]) RETURNING s.id)
 SELECT count(*), {relaxed} FROM d";
 
 // $1 prefix, $2 the key behind which it begins, $3 how many. No key has a character behind the tilde.

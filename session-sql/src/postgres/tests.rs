@@ -368,6 +368,29 @@ async fn what_has_expired_is_found_in_the_order_of_the_index_and_not_by_sorting_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sessions_are_found_by_their_keys_also_by_plans_that_were_made_when_there_was_one() {
+    let database = database("young").await;
+    database.change(&[write("a", Basis::Unseen, None, wid(), "a", Then::Close)]).await.unwrap();
+    server().query("ALTER TABLE young SET (autovacuum_enabled = off); ANALYZE young").unwrap();
+    let statements = super::Statements::new("young", 1000, false);
+    for (statement, parameters) in [
+        (&statements.enter_free, 5),
+        (&statements.enter.batch, 10),
+        (&statements.change_held, 6),
+        (&statements.change.batch, 11),
+        (&statements.renew, 5),
+    ] {
+        let (statement, nothing) = (statement.as_str(), vec!["NULL"; parameters].join(", "));
+        let plan = format!("{}; PREPARE s AS {statement}; EXPLAIN EXECUTE s ({nothing})", super::SETUP);
+        let plan = server().query(&plan).unwrap().concat();
+        let scans = plan.windows(2).filter(|lines| lines[0].contains(" on young"));
+        let whole: Vec<_> =
+            scans.filter(|lines| lines[0].contains("Scan") && !lines[1].contains("Index Cond: (id = ")).collect();
+        assert!(whole.is_empty() && plan.iter().any(|line| line.contains("Index Cond")), "{}", plan.join("\n"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_found_to_be_over_and_lives_again_is_spared_by_the_next_call() {
     let database = database("again").await;
     for key in ["a", "b", "c"] {
