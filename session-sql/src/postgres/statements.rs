@@ -3,6 +3,9 @@
 //! There are two of each step. The lean one says in its `WHERE` what has to hold, and has no row to show if that does not. What
 //! follows then is the business of the other: it locks its rows first and so judges the newest state, where the lean one may have
 //! judged an older snapshot (`protocol.md` 4). Nothing here talks to a server.
+//!
+//! A row is found by `s.id = ANY(ARRAY[i.id])` and not by `s.id = i.id`, which says the same: of that, a plan that is made while the table
+//! has a row or two reads all of the table once for each batch, because that costs no more then, and it is kept while the table grows.
 
 use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
 
@@ -220,9 +223,6 @@ SELECT CASE WHEN left_over > 0 THEN 3::int2 ELSE 4::int2 END, NULL, NULL, NULL, 
     GREATEST(lock_until - now, CASE WHEN want_token <> $2 THEN want_until - now END) AS left_over FROM (
     SELECT *, {now} AS now FROM {t} WHERE id = $1 AND NOT EXISTS (SELECT FROM u)) s) s";
 
-// A row is found by `s.id = ANY(ARRAY[i.id])` and not by `s.id = i.id`, which says the same: of that, a plan that is made while the table
-// has a row or two reads all of the table once for each batch, because that costs no more then, and it is kept while the table grows.
-
 // $1 keys, $2 tokens, $3 leases, $4 owner, $5 process. Nobody holds or wants what is answered; the rest is the business of `ENTER`.
 const ENTER_FREE: &str = "WITH z AS MATERIALIZED (SELECT {relaxed} AS z, {now} AS now),
 r AS MATERIALIZED (
@@ -390,7 +390,8 @@ m AS (
     CASE WHEN takes THEN now END, CASE WHEN takes THEN lease END, CASE WHEN takes THEN $10 END, CASE WHEN takes THEN $11 END,
     CASE WHEN takes THEN false END
   FROM (SELECT *, basis = 0 AND lease IS NOT NULL AND NOT closes AS takes, {now} AS now FROM i
-    WHERE wid IS NOT NULL AND (basis = 0 OR (basis = 1 AND lease IS NULL)) AND NOT EXISTS (SELECT FROM {t} s WHERE s.id = ANY(ARRAY[i.id]))) i
+    WHERE wid IS NOT NULL AND (basis = 0 OR (basis = 1 AND lease IS NULL))
+      AND NOT EXISTS (SELECT FROM {t} s WHERE s.id = ANY(ARRAY[i.id]))) i
   ON CONFLICT (id) DO NOTHING RETURNING s.id)
 SELECT CASE WHEN j.n IS NOT NULL THEN j.verdict WHEN m.id IS NOT NULL THEN 1
     WHEN EXISTS (SELECT FROM {t} s WHERE s.id = ANY(ARRAY[i.id])) THEN 4
@@ -492,13 +493,15 @@ d AS (DELETE FROM {t} s USING j WHERE s.id = ANY(ARRAY[j.id]) AND j.empties RETU
 SELECT own OR wants, (SELECT count({tell}) FROM (SELECT j.id, j.want_token AS told, j.want_process WHERE j.hands AND j.want_process IS NOT NULL) told)
 FROM j";
 
-// Nobody needs the row any more. The minute is compared with a value of its own, so that the index can be searched for it.
-const OVER: &str = "s.expires_minute <= (SELECT now / 60000 FROM n) AND s.expires_at <= (SELECT now FROM n)
-    AND (s.lock_until IS NULL OR s.lock_until <= (SELECT now FROM n))";
+// Nobody needs the row any more.
+const OVER: &str = "s.expires_at <= (SELECT now FROM n) AND (s.lock_until IS NULL OR s.lock_until <= (SELECT now FROM n))";
 
-// How many stands in the text: with a parameter a plan is made for a tenth of what may be over, which is to sort all of it.
+// The minute, which says no more than the deadline, is what the index can be searched for; what is freed is found by its key, and so
+// does not name it. How many stands in the text: with a parameter a plan is made for a tenth of what may be over, which is to sort all
+// of it.
 const GC_FIND: &str = "WITH n AS MATERIALIZED (SELECT {now} AS now)
-SELECT s.id FROM {t} s WHERE {over} AND s.data {what} ORDER BY s.expires_minute LIMIT {limit}";
+SELECT s.id FROM {t} s WHERE s.expires_minute <= (SELECT now / 60000 FROM n) AND {over} AND s.data {what}
+ORDER BY s.expires_minute LIMIT {limit}";
 
 // $1 the keys.
 const GC_FREE: &str = "WITH n AS MATERIALIZED (SELECT {now} AS now),

@@ -379,6 +379,10 @@ async fn sessions_are_found_by_their_keys_also_by_plans_that_were_made_when_ther
         (&statements.change_held, 6),
         (&statements.change.batch, 11),
         (&statements.renew, 5),
+        (&statements.remove, 6),
+        (&statements.leave, 4),
+        (&statements.gc[0][1], 1),
+        (&statements.gc[1][1], 1),
     ] {
         let (statement, nothing) = (statement.as_str(), vec!["NULL"; parameters].join(", "));
         let plan = format!("{}; PREPARE s AS {statement}; EXPLAIN EXECUTE s ({nothing})", super::SETUP);
