@@ -28,6 +28,7 @@ mod seal;
 mod session;
 mod sessions;
 mod settings;
+pub mod spin;
 mod ttl;
 mod values;
 mod view;

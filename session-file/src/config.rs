@@ -26,7 +26,8 @@ pub enum Io {
     /// What only touches the page cache runs in place, because a hop to another thread costs ten times the calls. What may wait
     /// for the disk never does: to sync what a holder has saved is the work of at most sixteen threads of the store's own, which
     /// end when there is none, and the rest (a payload of a new session, a walk through the directory) runs on the runtime's
-    /// blocking pool.
+    /// blocking pool. As long as the disk is quick, a task that waits for it alone looks for its answer before it sleeps, for some
+    /// hundred microseconds and giving way to others ([`SpinWait`](session_core::spin::SpinWait)).
     #[default]
     Auto,
     /// Everything runs in place. For a disk that never makes anybody wait, such as tmpfs.

@@ -29,11 +29,10 @@
 //!
 //! Reading order: `layout` (what stands where), `io` (one file under its lock), `handler` (what each access does), `wait` (how
 //! the lock is waited for), `kept` (which files stay open between two openings), `store` and `sync` (on which thread a call runs,
-//! and who waits for the disk), `courier` (how that is told to a task), `dir` (whose files these are).
+//! and who waits for the disk), `dir` (whose files these are).
 
 mod admin;
 mod config;
-mod courier;
 mod dir;
 mod handler;
 mod io;

@@ -11,6 +11,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
+use session_core::spin::SpinWait;
 use session_core::{Error, ErrorKind, Held, Holder, Lease, LeaseRequest, LeaseToken, Result, SessionId, SessionLock};
 use tokio::sync::{MutexGuard, oneshot};
 
@@ -164,8 +165,8 @@ impl Grip {
         work: impl FnOnce(Box<SessionFile>) -> (Option<Box<SessionFile>>, R) + Send + 'static,
     ) -> Result<Option<R>> {
         let Some(file) = self.take().await else { return Ok(None) };
-        let elsewhere = |job: Job| drop(tokio::task::spawn_blocking(|| job()()));
-        self.send_off(elsewhere, move || work(file)).await.map(Some)
+        let elsewhere = |job: Job| drop(tokio::task::spawn_blocking(job));
+        self.send_off(elsewhere, None, move || work(file)).await.map(Some)
     }
 
     /// Runs `begin` on the file in place, and `finish` on what it leaves to be done, on a thread that waits for the disk; there it
@@ -185,18 +186,20 @@ impl Grip {
             Half::Begun(file, begun) => {
                 let elsewhere = |job| {
                     if let Err(job) = threads.run(job) {
-                        drop(tokio::task::spawn_blocking(|| job()()));
+                        drop(tokio::task::spawn_blocking(job));
                     }
                 };
-                self.send_off(elsewhere, move || finish(file, begun)).await.map(Some)
+                self.send_off(elsewhere, Some(&threads.answers), move || finish(file, begun)).await.map(Some)
             }
         }
     }
 
-    /// Has `work` done elsewhere and waits for it; meanwhile, and if nobody waits, this is busy.
+    /// Has `work` done elsewhere and waits for it, among those of `answers` if it is one of them; meanwhile, and if nobody waits,
+    /// this is busy.
     async fn send_off<R: Send + Sync + 'static>(
         &mut self,
         elsewhere: impl FnOnce(Job),
+        answers: Option<&SpinWait>,
         work: impl FnOnce() -> (Option<Box<SessionFile>>, R) + Send + 'static,
     ) -> Result<R> {
         let (give, back) = oneshot::channel();
@@ -208,8 +211,12 @@ impl Grip {
             let _ = answered.set(result);
             drop(answered);
             // Nobody may be waiting for it any more.
-            Box::new(move || drop(give.send(file)))
+            drop(give.send(file));
         }));
+        if let (Some(answers), Self::Busy(call)) = (answers, &mut *self) {
+            let file = answers.wait(call).await.flatten();
+            *self = file.map_or(Self::Empty, Self::Idle);
+        }
         *self = self.take().await.map_or(Self::Empty, Self::Idle);
         let answer = Arc::into_inner(answer).and_then(OnceLock::into_inner);
         answer.ok_or_else(|| Error::new(ErrorKind::Unknown, "file", "the process ended before the call did"))

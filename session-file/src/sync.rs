@@ -2,9 +2,8 @@
 //!
 //! The runtime's blocking pool would do, but a hop there and back puts a thread to sleep and wakes one at either end, and that costs
 //! more than the disk does. These threads look for more work for a moment before they sleep, and give way to others while they
-//! look: the task whose write has just reached the disk is then often back with its next one.
-//!
-//! What came of it is told to a task that was alone by a [`Courier`].
+//! look: the task whose write has just reached the disk is then often back with its next one. A task that is alone looks as well
+//! ([`SpinWait`]).
 //!
 //! Nothing here knows what is written, or where.
 
@@ -16,41 +15,34 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use crate::courier::{Courier, Delivery, Mail};
+use session_core::spin::{self, SpinWait};
 
 /// How many wait for the disk at the same time. It serves what comes at once together, so more gain little.
 const MOST: usize = 16;
-/// How often a thread that has nothing to do gives way before it sleeps: less than a hundred microseconds, if nobody else wants the
-/// processor. To wake a thread costs the others more than that it looks.
-const LOOKS: u32 = 128;
 /// A thread that slept this long ends.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// Waits for the disk, and returns what tells of it.
-pub(crate) type Job = Box<dyn FnOnce() -> Delivery + Send>;
-
-/// A job, and who brings back what came of it.
-type Errand = (Job, Option<Arc<Mail>>);
+/// Waits for the disk, and tells of it.
+pub(crate) type Job = Box<dyn FnOnce() + Send>;
 
 /// The threads, which begin with the work and end without it.
 pub(crate) struct SyncThreads {
     shared: Arc<Shared>,
-    courier: Courier,
+    /// How their answers are waited for.
+    pub(crate) answers: SpinWait,
 }
 
 #[derive(Default)]
 struct Shared {
     /// The length of `jobs`, for those who look.
     waiting: AtomicUsize,
-    /// The jobs that wait or are at work.
-    busy: AtomicUsize,
     state: Mutex<State>,
     work: Condvar,
 }
 
 #[derive(Default)]
 struct State {
-    jobs: VecDeque<Errand>,
+    jobs: VecDeque<Job>,
     threads: usize,
     /// How many of the threads look for work, and will once more before they sleep.
     looking: usize,
@@ -63,16 +55,13 @@ struct State {
 
 impl SyncThreads {
     pub(crate) fn new() -> Self {
-        Self { shared: Arc::default(), courier: Courier::default() }
+        Self { shared: Arc::default(), answers: SpinWait::new() }
     }
 
     /// Has `job` done soon, and to its end, and told; returns it if there is no thread to be had.
     pub(crate) fn run(&self, job: Job) -> Result<(), Job> {
-        // Where several wait, some worker is mostly awake, and finds what it is told without being rung for.
-        let alone = self.shared.busy.fetch_add(1, Ordering::Relaxed) == 0;
-        let mail = if alone { self.courier.mail() } else { None };
         let mut state = self.shared.state();
-        state.jobs.push_back((job, mail));
+        state.jobs.push_back(job);
         self.shared.waiting.store(state.jobs.len(), Ordering::Relaxed);
         if state.jobs.len() <= state.looking + state.woken {
             return Ok(());
@@ -92,8 +81,7 @@ impl SyncThreads {
                 Err(_) if state.threads == 0 => {
                     let job = state.jobs.pop_back();
                     self.shared.waiting.store(state.jobs.len(), Ordering::Relaxed);
-                    self.shared.busy.fetch_sub(1, Ordering::Relaxed);
-                    return job.map_or(Ok(()), |(job, _)| Err(job));
+                    return job.map_or(Ok(()), Err);
                 }
                 Err(error) => {
                     tracing::debug!(%error, "no further thread to wait for the disk; those that are there have to do")
@@ -119,35 +107,31 @@ impl fmt::Debug for SyncThreads {
 
 impl Shared {
     fn serve(&self) {
-        while let Some((job, mail)) = self.next() {
+        while let Some(job) = self.next() {
             // Whoever waits for a job that panics is told by what it drops; the thread has others to serve.
-            let told = panic::catch_unwind(AssertUnwindSafe(job));
-            self.busy.fetch_sub(1, Ordering::Relaxed);
-            let Ok(tell) = told else { continue };
-            match mail {
-                Some(mail) => mail.hand(tell),
-                None => tell(),
-            }
+            let _ = panic::catch_unwind(AssertUnwindSafe(job));
         }
     }
 
     /// Returns the next job, or nothing if there was none for long; then this thread is not counted any more.
-    fn next(&self) -> Option<Errand> {
+    fn next(&self) -> Option<Job> {
         let mut state = self.state();
         if let Some(job) = self.take(&mut state) {
             return Some(job);
         }
         state.looking += 1;
         drop(state);
-        for _ in 0..LOOKS {
-            thread::yield_now();
-            if self.waiting.load(Ordering::Relaxed) > 0 {
-                let mut state = self.state();
-                if let Some(job) = self.take(&mut state) {
-                    state.looking -= 1;
-                    return Some(job);
-                }
+        let found = spin::look(|| {
+            if self.waiting.load(Ordering::Relaxed) == 0 {
+                return None;
             }
+            let mut state = self.state();
+            let job = self.take(&mut state)?;
+            state.looking -= 1;
+            Some(job)
+        });
+        if found.is_some() {
+            return found;
         }
         let mut state = self.state();
         state.looking -= 1;
@@ -172,7 +156,7 @@ impl Shared {
         }
     }
 
-    fn take(&self, state: &mut State) -> Option<Errand> {
+    fn take(&self, state: &mut State) -> Option<Job> {
         let job = state.jobs.pop_front()?;
         self.waiting.store(state.jobs.len(), Ordering::Relaxed);
         Some(job)
@@ -202,7 +186,7 @@ mod tests {
                 // As a disk does, and now and then long enough for the others to have gone to sleep.
                 thread::sleep(Duration::from_micros(round % 7 * 100));
                 running.fetch_sub(1, Ordering::SeqCst);
-                Box::new(move || done.send(round).unwrap())
+                done.send(round).unwrap();
             });
             assert!(threads.run(job).is_ok());
             if round % 50 == 0 {
@@ -225,7 +209,7 @@ mod tests {
             assert!(threads.run(Box::new(|| std::panic::resume_unwind(Box::new("on purpose")))).is_ok());
         }
         let (done, all) = mpsc::channel();
-        assert!(threads.run(Box::new(|| Box::new(move || done.send(()).unwrap()))).is_ok());
+        assert!(threads.run(Box::new(move || done.send(()).unwrap())).is_ok());
         all.recv_timeout(Duration::from_secs(10)).unwrap();
     }
 }

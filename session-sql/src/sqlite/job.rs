@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use session_core::ErrorKind;
+use session_core::spin::SpinWait;
 use tokio::sync::oneshot;
 
 use super::clocks::Clocks;
@@ -60,11 +61,18 @@ impl<T> Request<T> {
 }
 
 impl<T> Caller<T> {
-    pub(super) async fn answer(mut self, clocks: &Clocks) -> Result<T, Failure> {
+    /// Waits for the answer, `among` others of its kind if there are any.
+    pub(super) async fn answer(mut self, clocks: &Clocks, among: Option<&SpinWait>) -> Result<T, Failure> {
         let limit = (self.deadline + GRACE).saturating_duration_since(Instant::now());
-        match clocks.limit(limit, &mut self.answer).await {
-            Ok(Ok(outcome)) => outcome,
-            Ok(Err(_)) => Err(self.lost("the thread of the database has ended without an answer")),
+        let answer = async {
+            match among {
+                Some(others) => others.wait(&mut self.answer).await,
+                None => (&mut self.answer).await.ok(),
+            }
+        };
+        match clocks.limit(limit, answer).await {
+            Ok(Some(outcome)) => outcome,
+            Ok(None) => Err(self.lost("the thread of the database has ended without an answer")),
             Err(_) => Err(self.lost("the database file did not answer in time")),
         }
     }
@@ -100,12 +108,12 @@ mod tests {
     #[tokio::test]
     async fn only_what_has_not_begun_in_time_has_certainly_not_happened() {
         let (waiting, caller) = request::<()>(Duration::ZERO);
-        let failure = caller.answer(&Clocks::default()).await.unwrap_err();
+        let failure = caller.answer(&Clocks::default(), None).await.unwrap_err();
         assert_eq!((failure.kind, failure.sent), (ErrorKind::Unavailable, false));
         assert!(!waiting.start());
         let (begun, caller) = request::<()>(Duration::ZERO);
         assert!(begun.start());
-        assert!(caller.answer(&Clocks::default()).await.unwrap_err().sent);
+        assert!(caller.answer(&Clocks::default(), None).await.unwrap_err().sent);
         // It may be begun anew, in another transaction, and is told to nobody.
         assert!(begun.start());
         begun.tell(Ok(()));
@@ -116,6 +124,6 @@ mod tests {
         let (request, caller) = request::<()>(Duration::from_secs(3600));
         assert!(request.start());
         drop(request);
-        assert!(caller.answer(&Clocks::default()).await.unwrap_err().sent);
+        assert!(caller.answer(&Clocks::default(), None).await.unwrap_err().sent);
     }
 }

@@ -59,7 +59,7 @@ impl Readers {
             return Err(Failure::new(ErrorKind::Unavailable, "the threads of the database have ended"));
         }
         // What only reads has changed nothing, whether it was answered or not.
-        caller.answer(&self.shared.clocks).await.map_err(|failure| Failure { sent: false, ..failure })
+        caller.answer(&self.shared.clocks, None).await.map_err(|failure| Failure { sent: false, ..failure })
     }
 
     /// Starts one more thread if there may be one.

@@ -14,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use session_core::ErrorKind;
+use session_core::spin::{self, SpinWait};
 
 use super::job::{Request, request};
 use super::pen::Pen;
@@ -70,6 +71,8 @@ pub(super) struct Writer {
     calls: mpsc::Sender<Call>,
     /// How many ask at this moment.
     asking: AtomicUsize,
+    /// Those who have written by themselves and wait for the disk.
+    syncs: SpinWait,
     shared: Arc<Shared>,
 }
 
@@ -94,7 +97,8 @@ impl Writer {
         });
         started?;
         let (opens, saves) = (VecDeque::new(), VecDeque::new());
-        let this = Self { pen: Arc::downgrade(&pen), calls: sender, asking: AtomicUsize::new(0), shared };
+        let this =
+            Self { pen: Arc::downgrade(&pen), calls: sender, asking: AtomicUsize::new(0), syncs: SpinWait::new(), shared };
         let mut thread = Thread { pen, calls, opens, saves, synced: Vec::new(), doubtful: false };
         thread::Builder::new().name("session-sqlite".into()).spawn(move || thread.run())?;
         Ok(this)
@@ -121,7 +125,7 @@ impl Writer {
         let (request, caller) = request(self.shared.timeout);
         let task = Task { work, done: None, request, errand, lasting };
         self.call(Call::Serve(Box::new(task)))?;
-        caller.answer(&self.shared.clocks).await
+        caller.answer(&self.shared.clocks, None).await
     }
 
     /// Carries `work` out at once, on the thread of whoever asks; `None` if it would have to wait.
@@ -153,7 +157,7 @@ impl Writer {
         request.start();
         let tell = move |failed: Option<Failure>| request.tell(failed.map_or(Ok(done), Err));
         self.call(Call::Sync(log, Box::new(tell))).map_err(|failure| Failure { sent: true, ..failure })?;
-        caller.answer(&self.shared.clocks).await
+        caller.answer(&self.shared.clocks, Some(&self.syncs)).await
     }
 
     /// Says whether anybody asks at this moment.
@@ -278,7 +282,8 @@ impl Thread {
 
     /// Waits for a call; there is none any more if the handler is gone.
     fn next_call(&self) -> Option<Call> {
-        let call = self.calls.recv().ok()?;
+        // Whoever was told last is often back already.
+        let call = spin::look(|| self.calls.try_recv().ok()).map_or_else(|| self.calls.recv(), Ok).ok()?;
         if !matches!(call, Call::Soon) {
             return Some(call);
         }
