@@ -124,6 +124,7 @@ enum Contender {
     MemcachePlain(memcache::PlainCycle),
     RedisPlain(redis::PlainCycle),
     RedisPeer(redis::PeerCycle),
+    RedisRecord(redis::RecordCycle),
     SqlPlain(sql::PlainCycle),
     Pgbench(sql::pgbench::Pgbench),
     Foreign(ForeignPeer),
@@ -254,8 +255,12 @@ impl<'a> Arena<'a> {
                     contenders.insert(0, ("floor", Contender::RedisPlain(floor)));
                     let unlocked = redis::PlainCycle::prepare(&dsn, redis::Program::Unlocked, tasks, payload).await?;
                     contenders.push(("unlocked", Contender::RedisPlain(unlocked)));
-                    let peer = redis::PeerCycle::prepare(&dsn, tasks, payload).await?;
-                    contenders.push(("peer", Contender::RedisPeer(peer)));
+                    let record = redis::RecordCycle::prepare(sessionkit::handler(&ours).await?, tasks, payload).await?;
+                    contenders.push(("record", Contender::RedisRecord(record)));
+                    for (name, layer) in [("peer", redis::Layer::Store), ("peer_session", redis::Layer::Session)] {
+                        let peer = redis::PeerCycle::prepare(&dsn, layer, tasks, payload).await?;
+                        contenders.push((name, Contender::RedisPeer(peer)));
+                    }
                 }
             }
         }
@@ -423,6 +428,8 @@ impl<'a> Arena<'a> {
             ("cycle_vs_rename", "cycle", "rename"),
             ("cycle_vs_unlocked", "cycle", "unlocked"),
             ("cycle_vs_pgbench", "cycle", "pgbench"),
+            ("record_vs_peer", "record", "peer"),
+            ("session_vs_peer_session", "session", "peer_session"),
             ("web_vs_tower_sessions", "web", "tower_sessions"),
             ("web_vs_axum_session", "web", "axum_session"),
         ];
@@ -473,6 +480,7 @@ impl Contender {
             Self::MemcachePlain(cycle) => cycle.run(length).await,
             Self::RedisPlain(cycle) => cycle.run(length).await,
             Self::RedisPeer(cycle) => cycle.run(length).await,
+            Self::RedisRecord(cycle) => cycle.run(length).await,
             Self::SqlPlain(cycle) => cycle.run(length).await,
             Self::Pgbench(pgbench) => pgbench.run(length).await,
             Self::Foreign(peer) => peer.run(length).await,
@@ -505,7 +513,12 @@ async fn remove(contenders: Vec<(&'static str, Contender)>) -> Result<(), Failur
             Contender::SqlPlain(cycle) => cycle.remove().await?,
             Contender::Pgbench(pgbench) => pgbench.remove().await?,
             Contender::Foreign(peer) => peer.end().await?,
-            Contender::Plain(..) | Contender::Cycle(_) | Contender::Session(_) | Contender::Peer(_) | Contender::Web(_) => {}
+            Contender::Plain(..)
+            | Contender::Cycle(_)
+            | Contender::Session(_)
+            | Contender::Peer(_)
+            | Contender::RedisRecord(_)
+            | Contender::Web(_) => {}
         }
     }
     Ok(())

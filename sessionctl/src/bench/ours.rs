@@ -18,7 +18,7 @@ use crate::bench::Round;
 use crate::failure::Failure;
 
 pub(super) const TTL: Duration = Duration::from_secs(3600);
-const WAIT: Duration = Duration::from_secs(10);
+pub(super) const WAIT: Duration = Duration::from_secs(10);
 pub(super) const LEASE: Duration = Duration::from_secs(30);
 
 /// The bare handler: open, read, save.

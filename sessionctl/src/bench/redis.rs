@@ -1,4 +1,5 @@
-//! What runs beside ours on a Redis server: plain programs over the same client, and the peer's store.
+//! What runs beside ours on a Redis server: plain programs over the same client, the peer's store and the peer's session; and our
+//! handler with the records of that store, so that like can be put beside like.
 //!
 //! The plain programs know nothing of this library, and keep fewer promises: one locks and does not wait, renew or fence; the other
 //! does not lock at all. Both share one connection among their tasks, as our handler does.
@@ -6,7 +7,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use session_core::{Dsn, Error, ErrorKind, WriteId};
+use session_core::{
+    Change, Dsn, Error, ErrorKind, Expect, OpenRequest, OpenSession, SessionHandler, SessionId, Ttl, WriteId,
+};
 use sessionkit::redis::redis::aio::MultiplexedConnection;
 use sessionkit::redis::redis::{
     AsyncConnectionConfig, Client, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo, RedisError, Script, cmd, pipe,
@@ -19,7 +22,7 @@ use tower_sessions_redis_store::fred::interfaces::ClientLike;
 use tower_sessions_redis_store::fred::prelude::{Config, Pool, ServerConfig};
 
 use crate::bench::Round;
-use crate::bench::ours::{LEASE, TTL, count_up, lost, peer_data, peer_failed, run};
+use crate::bench::ours::{LEASE, TTL, WAIT, count_up, lost, peer_data, peer_failed, run};
 use crate::failure::Failure;
 
 /// Writes and unlocks, if the lock is still the caller's.
@@ -137,8 +140,18 @@ async fn unlocked(connection: &mut MultiplexedConnection, keys: &Keys) -> sessio
     cmd("SET").arg(&keys.data).arg(&data).arg("PX").arg(millis(TTL)).exec_async(connection).await.map_err(failed)
 }
 
-/// The store of the peer: load, save. It takes no lock. Its pool is the one of its documentation.
+/// What of the peer runs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Layer {
+    /// Its store: load, save.
+    Store,
+    /// Its session, as an application calls it: get, insert, save.
+    Session,
+}
+
+/// The peer. It takes no lock. Its pool is the one of its documentation.
 pub(crate) struct PeerCycle {
+    layer: Layer,
     pool: Pool,
     store: RedisStore<Pool>,
     ids: Vec<Id>,
@@ -148,7 +161,7 @@ pub(crate) struct PeerCycle {
 const POOL: usize = 6;
 
 impl PeerCycle {
-    pub(crate) async fn prepare(dsn: &str, tasks: usize, payload: usize) -> Result<Self, Failure> {
+    pub(crate) async fn prepare(dsn: &str, layer: Layer, tasks: usize, payload: usize) -> Result<Self, Failure> {
         let config = RedisConfig::from_dsn(&Dsn::parse(dsn)?)?;
         let RedisServers::Tcp { host, port } = &config.servers else {
             return Err(Failure::usage("the peer is measured on one server only"));
@@ -164,24 +177,33 @@ impl PeerCycle {
         pool.init().await.map_err(peer_failed)?;
         let store = RedisStore::new(pool.clone());
         // A session of theirs is the way to their date type that needs no further crate; it lives for two weeks.
-        let expiry_date = Session::new(None, Arc::new(store.clone()), None).expiry_date();
         let mut ids = Vec::new();
         for _ in 0..tasks {
-            let mut record = Record { id: Id::default(), data: peer_data(payload), expiry_date };
+            let mut record = record(&store, payload);
             store.create(&mut record).await.map_err(peer_failed)?;
             ids.push(record.id);
         }
-        Ok(Self { pool, store, ids })
+        Ok(Self { layer, pool, store, ids })
     }
 
     pub(crate) async fn run(&self, length: Duration) -> Result<Round, Failure> {
         run(self.ids.len(), length, |task, mut laps| {
-            let (store, id) = (self.store.clone(), self.ids[task]);
+            let (layer, store, id) = (self.layer, Arc::new(self.store.clone()), self.ids[task]);
             async move {
                 while laps.next().await {
-                    let mut record = store.load(&id).await.map_err(peer_failed)?.ok_or_else(lost)?;
-                    count_up(&mut record.data)?;
-                    store.save(&record).await.map_err(peer_failed)?;
+                    match layer {
+                        Layer::Store => {
+                            let mut record = store.load(&id).await.map_err(peer_failed)?.ok_or_else(lost)?;
+                            count_up(&mut record.data)?;
+                            store.save(&record).await.map_err(peer_failed)?;
+                        }
+                        Layer::Session => {
+                            let session = Session::new(Some(id), store.clone(), None);
+                            let n = session.get::<u64>("n").await.map_err(peer_failed)?.ok_or_else(lost)?;
+                            session.insert("n", n + 1).await.map_err(peer_failed)?;
+                            session.save().await.map_err(peer_failed)?;
+                        }
+                    }
                 }
                 Ok(laps.round())
             }
@@ -196,6 +218,60 @@ impl PeerCycle {
         }
         Ok(self.pool.quit().await.map_err(peer_failed)?)
     }
+}
+
+/// A record of the peer's.
+fn record(store: &RedisStore<Pool>, payload: usize) -> Record {
+    // A session of theirs is the way to their date type that needs no further crate; it lives for two weeks.
+    let expiry_date = Session::new(None, Arc::new(store.clone()), None).expiry_date();
+    Record { id: Id::default(), data: peer_data(payload), expiry_date }
+}
+
+/// Our handler as the store of the peer's records, in the peer's encoding: what its store does, and locked.
+#[derive(Debug)]
+pub(crate) struct RecordCycle {
+    handler: Arc<dyn SessionHandler>,
+    ids: Vec<SessionId>,
+}
+
+impl RecordCycle {
+    pub(crate) async fn prepare(handler: Arc<dyn SessionHandler>, tasks: usize, payload: usize) -> Result<Self, Failure> {
+        let record =
+            record(&RedisStore::new(Pool::new(Config::default(), None, None, None, 1).map_err(peer_failed)?), payload);
+        let mut ids = Vec::new();
+        for _ in 0..tasks {
+            let id = SessionId::generate()?;
+            let request = OpenRequest::exclusive(WAIT, LEASE).expecting(Expect::Any);
+            let mut open = handler.open(&id, &request).await?;
+            open.read().await?;
+            save(open, &record).await?;
+            ids.push(id);
+        }
+        Ok(Self { handler, ids })
+    }
+
+    pub(crate) async fn run(&self, length: Duration) -> Result<Round, Failure> {
+        run(self.ids.len(), length, |task, mut laps| {
+            let (handler, id) = (self.handler.clone(), self.ids[task].clone());
+            async move {
+                while laps.next().await {
+                    let mut open = handler.open(&id, &OpenRequest::exclusive(WAIT, LEASE)).await?;
+                    let stored = open.read().await?.ok_or_else(lost)?;
+                    let mut record: Record = rmp_serde::from_slice(&stored.data).map_err(peer_failed)?;
+                    count_up(&mut record.data)?;
+                    save(open, &record).await?;
+                }
+                Ok(laps.round())
+            }
+        })
+        .await
+    }
+}
+
+async fn save(mut open: Box<dyn OpenSession>, record: &Record) -> session_core::Result<()> {
+    let data = rmp_serde::to_vec(record).map_err(peer_failed)?;
+    open.save(&Change::Write(session_core::Record::new(data, Ttl::new(TTL))), WriteId::random()?).await?;
+    Ok(())
 }
 
 fn failed(error: RedisError) -> Error {
