@@ -124,7 +124,6 @@ enum Contender {
     MemcachePlain(memcache::PlainCycle),
     RedisPlain(redis::PlainCycle),
     RedisPeer(redis::PeerCycle),
-    RedisRecord(redis::RecordCycle),
     SqlPlain(sql::PlainCycle),
     Pgbench(sql::pgbench::Pgbench),
     Foreign(ForeignPeer),
@@ -255,12 +254,13 @@ impl<'a> Arena<'a> {
                     contenders.insert(0, ("floor", Contender::RedisPlain(floor)));
                     let unlocked = redis::PlainCycle::prepare(&dsn, redis::Program::Unlocked, tasks, payload).await?;
                     contenders.push(("unlocked", Contender::RedisPlain(unlocked)));
-                    let record = redis::RecordCycle::prepare(sessionkit::handler(&ours).await?, tasks, payload).await?;
-                    contenders.push(("record", Contender::RedisRecord(record)));
-                    for (name, layer) in [("peer", redis::Layer::Store), ("peer_session", redis::Layer::Session)] {
-                        let peer = redis::PeerCycle::prepare(&dsn, layer, tasks, payload).await?;
-                        contenders.push((name, Contender::RedisPeer(peer)));
-                    }
+                    let peer = redis::PeerCycle::prepare(&dsn, redis::Layer::Store, tasks, payload).await?;
+                    let handler = sessionkit::handler(&ours).await?;
+                    let record = HandlerCycle::prepare_with(handler, tasks, peer.encoded(), redis::count_up_encoded).await?;
+                    let session = redis::PeerCycle::prepare(&dsn, redis::Layer::Session, tasks, payload).await?;
+                    contenders.push(("record", Contender::Cycle(record)));
+                    contenders.push(("peer", Contender::RedisPeer(peer)));
+                    contenders.push(("peer_session", Contender::RedisPeer(session)));
                 }
             }
         }
@@ -480,7 +480,6 @@ impl Contender {
             Self::MemcachePlain(cycle) => cycle.run(length).await,
             Self::RedisPlain(cycle) => cycle.run(length).await,
             Self::RedisPeer(cycle) => cycle.run(length).await,
-            Self::RedisRecord(cycle) => cycle.run(length).await,
             Self::SqlPlain(cycle) => cycle.run(length).await,
             Self::Pgbench(pgbench) => pgbench.run(length).await,
             Self::Foreign(peer) => peer.run(length).await,
@@ -513,12 +512,7 @@ async fn remove(contenders: Vec<(&'static str, Contender)>) -> Result<(), Failur
             Contender::SqlPlain(cycle) => cycle.remove().await?,
             Contender::Pgbench(pgbench) => pgbench.remove().await?,
             Contender::Foreign(peer) => peer.end().await?,
-            Contender::Plain(..)
-            | Contender::Cycle(_)
-            | Contender::Session(_)
-            | Contender::Peer(_)
-            | Contender::RedisRecord(_)
-            | Contender::Web(_) => {}
+            Contender::Plain(..) | Contender::Cycle(_) | Contender::Session(_) | Contender::Peer(_) | Contender::Web(_) => {}
         }
     }
     Ok(())

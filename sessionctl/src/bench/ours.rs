@@ -18,7 +18,7 @@ use crate::bench::Round;
 use crate::failure::Failure;
 
 pub(super) const TTL: Duration = Duration::from_secs(3600);
-pub(super) const WAIT: Duration = Duration::from_secs(10);
+const WAIT: Duration = Duration::from_secs(10);
 pub(super) const LEASE: Duration = Duration::from_secs(30);
 
 /// The bare handler: open, read, save.
@@ -26,29 +26,47 @@ pub(super) const LEASE: Duration = Duration::from_secs(30);
 pub(crate) struct HandlerCycle {
     handler: Arc<dyn SessionHandler>,
     ids: Arc<[SessionId]>,
+    change: DataChange,
 }
+
+/// What a cycle does between read and save.
+pub(super) type DataChange = fn(&mut Vec<u8>) -> session_core::Result<()>;
 
 impl HandlerCycle {
     pub(crate) async fn prepare(handler: Arc<dyn SessionHandler>, tasks: usize, payload: usize) -> Result<Self, Failure> {
+        let first_byte: DataChange = |data| {
+            data[0] = data[0].wrapping_add(1);
+            Ok(())
+        };
+        Self::prepare_with(handler, tasks, &vec![b'x'; payload], first_byte).await
+    }
+
+    /// Stores `data` in a session for each task; each cycle is to `change` it.
+    pub(super) async fn prepare_with(
+        handler: Arc<dyn SessionHandler>,
+        tasks: usize,
+        data: &[u8],
+        change: DataChange,
+    ) -> Result<Self, Failure> {
         let ids = (0..tasks).map(|_| SessionId::generate()).collect::<session_core::Result<Vec<_>>>()?;
         for id in &ids {
             let request = OpenRequest::exclusive(WAIT, LEASE).expecting(Expect::Any);
             let mut open = handler.open(id, &request).await?;
             open.read().await?;
-            let record = Record::new(vec![b'x'; payload], Ttl::new(TTL));
+            let record = Record::new(data.to_vec(), Ttl::new(TTL));
             open.save(&Change::Write(record), WriteId::random()?).await?;
         }
-        Ok(Self { handler, ids: ids.into() })
+        Ok(Self { handler, ids: ids.into(), change })
     }
 
     pub(crate) async fn run(&self, length: Duration) -> Result<Round, Failure> {
         run(self.ids.len(), length, |task, mut laps| {
-            let (handler, id) = (self.handler.clone(), self.ids[task].clone());
+            let (handler, id, change) = (self.handler.clone(), self.ids[task].clone(), self.change);
             async move {
                 while laps.next().await {
                     let mut open = handler.open(&id, &OpenRequest::exclusive(WAIT, LEASE)).await?;
                     let mut record = open.read().await?.ok_or_else(lost)?;
-                    record.data[0] = record.data[0].wrapping_add(1);
+                    change(&mut record.data)?;
                     record.ttl = Ttl::new(TTL);
                     open.save(&Change::Write(record), WriteId::random()?).await?;
                 }

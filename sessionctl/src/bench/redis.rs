@@ -7,9 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use session_core::{
-    Change, Dsn, Error, ErrorKind, Expect, OpenRequest, OpenSession, SessionHandler, SessionId, Ttl, WriteId,
-};
+use session_core::{Dsn, Error, ErrorKind, WriteId};
 use sessionkit::redis::redis::aio::MultiplexedConnection;
 use sessionkit::redis::redis::{
     AsyncConnectionConfig, Client, ConnectionAddr, IntoConnectionInfo, RedisConnectionInfo, RedisError, Script, cmd, pipe,
@@ -22,7 +20,7 @@ use tower_sessions_redis_store::fred::interfaces::ClientLike;
 use tower_sessions_redis_store::fred::prelude::{Config, Pool, ServerConfig};
 
 use crate::bench::Round;
-use crate::bench::ours::{LEASE, TTL, WAIT, count_up, lost, peer_data, peer_failed, run};
+use crate::bench::ours::{LEASE, TTL, count_up, lost, peer_data, peer_failed, run};
 use crate::failure::Failure;
 
 /// Writes and unlocks, if the lock is still the caller's.
@@ -155,6 +153,7 @@ pub(crate) struct PeerCycle {
     pool: Pool,
     store: RedisStore<Pool>,
     ids: Vec<Id>,
+    encoded: Vec<u8>,
 }
 
 /// Connections in the peer's pool.
@@ -177,13 +176,21 @@ impl PeerCycle {
         pool.init().await.map_err(peer_failed)?;
         let store = RedisStore::new(pool.clone());
         // A session of theirs is the way to their date type that needs no further crate; it lives for two weeks.
+        let expiry_date = Session::new(None, Arc::new(store.clone()), None).expiry_date();
+        let mut record = Record { id: Id::default(), data: peer_data(payload), expiry_date };
         let mut ids = Vec::new();
         for _ in 0..tasks {
-            let mut record = record(&store, payload);
+            record.id = Id::default();
             store.create(&mut record).await.map_err(peer_failed)?;
             ids.push(record.id);
         }
-        Ok(Self { layer, pool, store, ids })
+        let encoded = rmp_serde::to_vec(&record).map_err(peer_failed)?;
+        Ok(Self { layer, pool, store, ids, encoded })
+    }
+
+    /// A record as the peer stores it.
+    pub(crate) fn encoded(&self) -> &[u8] {
+        &self.encoded
     }
 
     pub(crate) async fn run(&self, length: Duration) -> Result<Round, Failure> {
@@ -220,57 +227,11 @@ impl PeerCycle {
     }
 }
 
-/// A record of the peer's.
-fn record(store: &RedisStore<Pool>, payload: usize) -> Record {
-    // A session of theirs is the way to their date type that needs no further crate; it lives for two weeks.
-    let expiry_date = Session::new(None, Arc::new(store.clone()), None).expiry_date();
-    Record { id: Id::default(), data: peer_data(payload), expiry_date }
-}
-
-/// Our handler as the store of the peer's records, in the peer's encoding: what its store does, and locked.
-#[derive(Debug)]
-pub(crate) struct RecordCycle {
-    handler: Arc<dyn SessionHandler>,
-    ids: Vec<SessionId>,
-}
-
-impl RecordCycle {
-    pub(crate) async fn prepare(handler: Arc<dyn SessionHandler>, tasks: usize, payload: usize) -> Result<Self, Failure> {
-        let record =
-            record(&RedisStore::new(Pool::new(Config::default(), None, None, None, 1).map_err(peer_failed)?), payload);
-        let mut ids = Vec::new();
-        for _ in 0..tasks {
-            let id = SessionId::generate()?;
-            let request = OpenRequest::exclusive(WAIT, LEASE).expecting(Expect::Any);
-            let mut open = handler.open(&id, &request).await?;
-            open.read().await?;
-            save(open, &record).await?;
-            ids.push(id);
-        }
-        Ok(Self { handler, ids })
-    }
-
-    pub(crate) async fn run(&self, length: Duration) -> Result<Round, Failure> {
-        run(self.ids.len(), length, |task, mut laps| {
-            let (handler, id) = (self.handler.clone(), self.ids[task].clone());
-            async move {
-                while laps.next().await {
-                    let mut open = handler.open(&id, &OpenRequest::exclusive(WAIT, LEASE)).await?;
-                    let stored = open.read().await?.ok_or_else(lost)?;
-                    let mut record: Record = rmp_serde::from_slice(&stored.data).map_err(peer_failed)?;
-                    count_up(&mut record.data)?;
-                    save(open, &record).await?;
-                }
-                Ok(laps.round())
-            }
-        })
-        .await
-    }
-}
-
-async fn save(mut open: Box<dyn OpenSession>, record: &Record) -> session_core::Result<()> {
-    let data = rmp_serde::to_vec(record).map_err(peer_failed)?;
-    open.save(&Change::Write(session_core::Record::new(data, Ttl::new(TTL))), WriteId::random()?).await?;
+/// Counts up in a record of the peer's, in the peer's encoding: what its store decodes and encodes, for a handler of ours.
+pub(crate) fn count_up_encoded(data: &mut Vec<u8>) -> session_core::Result<()> {
+    let mut record: Record = rmp_serde::from_slice(data).map_err(peer_failed)?;
+    count_up(&mut record.data)?;
+    *data = rmp_serde::to_vec(&record).map_err(peer_failed)?;
     Ok(())
 }
 
