@@ -304,7 +304,7 @@ async fn read_beside_writes(env: &Env, writes: u64, touches: bool, judge: fn(u64
                     assert!(seen >= before, "write {before} was acknowledged, and a later read saw write {seen}");
                     judge(last, seen);
                     last = seen;
-                    tokio::task::yield_now().await;
+                    between_rounds().await;
                 }
             })
         })
@@ -508,7 +508,7 @@ async fn gc_destroy_create_race_keeps_the_live_one(env: Env) {
         env.spawn(async move {
             while !over.load(Ordering::SeqCst) {
                 handler.gc(up_to(50)).await.unwrap_or_else(|error| panic!("collecting failed: {error:?}"));
-                tokio::task::yield_now().await;
+                between_rounds().await;
             }
         })
     };
@@ -556,7 +556,7 @@ async fn gc_beside_prolonging_keeps_the_prolonged(env: Env) {
         env.spawn(async move {
             while !over.load(Ordering::SeqCst) {
                 handler.gc(up_to(50)).await.unwrap_or_else(|error| panic!("collecting failed: {error:?}"));
-                tokio::task::yield_now().await;
+                between_rounds().await;
             }
         })
     };

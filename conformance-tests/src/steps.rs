@@ -3,7 +3,7 @@
 //! Nothing here decides what is right; a case does.
 
 use std::num::NonZeroU32;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use session_core::{
     Change, Cursor, Error, ErrorKind, Expect, OpenRequest, OpenSession, Record, Result, SessionHandler, SessionId, Ttl,
@@ -26,6 +26,25 @@ pub(crate) const SOON: Duration = Duration::from_secs(3);
 
 /// A life that outlasts every case.
 pub(crate) const LONG: Duration = Duration::from_secs(900);
+
+/// How long parts that ask again and again do so before they rest for as long, in milliseconds.
+const BURST: u64 = 8;
+
+/// Gives way between two rounds of a part that asks again and again and waits for nothing; half of the time it rests, and so do all
+/// such parts of the machine at the same moment.
+///
+/// Without, a few cases at a time keep every processor busy until they end. Linux that shares processors between sessions or control
+/// groups (seen with 6.18 and `kernel.sched_autogroup_enabled`) may then run no thread of its own for as long, not even what
+/// completes the writes to a disk: the save that a case waits for ends when the case has given it up.
+pub(crate) async fn between_rounds() {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let at = u64::try_from(now.as_millis()).unwrap_or(0) % (2 * BURST);
+    if at < BURST {
+        tokio::task::yield_now().await;
+    } else {
+        tokio::time::sleep(Duration::from_millis(2 * BURST - at)).await;
+    }
+}
 
 /// Returns a new id.
 pub(crate) fn new_id() -> SessionId {
