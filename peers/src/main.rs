@@ -5,6 +5,8 @@
 //! for each line that says how long to run, until there are no more. What it stored is removed then. A cycle is load and save; no
 //! lock is taken.
 
+#[path = "../../sessionctl/src/bench/http.rs"]
+mod http;
 mod web;
 
 use std::io::{BufRead, Lines, StdinLock, Write};

@@ -1,21 +1,22 @@
-//! Whole requests: an axum application over the middleware of a peer, called without a socket, as `sessionctl bench` calls ours.
+//! Whole requests: an axum application over the middleware of a peer, which visitors call as `sessionctl bench` has ours called.
 //!
 //! Each visitor has a session of his own, and each request reads a number in it and writes the next. No lock is taken.
 
 use std::io::{Lines, StdinLock};
+use std::sync::Arc;
 
 use axum::Router;
-use axum::body::Body;
-use axum::http::{Request, StatusCode};
+use axum::http::StatusCode;
 use axum::routing::post;
 use axum_session::{DatabasePool, SessionConfig, SessionLayer, SessionStore};
 use serde::Deserialize;
-use tower::ServiceExt;
+use tokio::sync::Mutex;
 use tower_sessions::SessionManagerLayer;
 use tower_sessions_redis_store::RedisStore;
 use tower_sessions_redis_store::fred::prelude::{ClientLike, Config, Pool, ServerConfig};
 use tower_sessions_sqlx_store::PostgresStore;
 
+use crate::http::{Served, Visitor};
 use crate::{Outcome, Place, Server, Task, answer, round, table};
 
 /// Which peer.
@@ -131,30 +132,14 @@ fn failed(error: tower_sessions::session::Error) -> StatusCode {
 }
 
 async fn run(router: Router, task: &Task, lines: Lines<StdinLock<'_>>) -> Outcome<()> {
+    let served = Served::start(router).await?;
     let mut visitors = Vec::new();
     for _ in 0..task.tasks {
-        visitors.push(send(router.clone(), "/begin", String::new()).await?);
+        visitors.push(Arc::new(Mutex::new(Visitor::welcome(&served).await?)));
     }
     answer(lines, async |length| {
-        let router = router.clone();
-        let cycle = move |cookie: String| {
-            let router = router.clone();
-            async move { send(router, "/count", cookie).await.map(|_| ()) }
-        };
+        let cycle = async move |visitor: Arc<Mutex<Visitor>>| Ok(visitor.lock().await.count().await?);
         round(&visitors, length, cycle).await
     })
     .await
-}
-
-/// Sends a request and returns the cookies to go on with.
-async fn send(router: Router, path: &str, cookie: String) -> Outcome<String> {
-    let request = Request::post(path).header("cookie", cookie).body(Body::empty())?;
-    let response = router.oneshot(request).await?;
-    if !response.status().is_success() {
-        return Err(format!("a request ended with {}", response.status()).into());
-    }
-    let told = response.headers().get_all("set-cookie").into_iter();
-    let pairs: Vec<_> = told.filter_map(|told| told.to_str().ok()?.split(';').next()).map(str::to_owned).collect();
-    axum::body::to_bytes(response.into_body(), 1 << 20).await?;
-    Ok(pairs.join("; "))
 }

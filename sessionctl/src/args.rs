@@ -141,8 +141,8 @@ pub(crate) enum Command {
     ///   record     redis://: our handler with the peer's records in the peer's encoding: what its store does, locked
     ///   peer_session
     ///              redis://: the peer's session, as an application calls it: get, insert, save
-    ///   web        with --web, in place of all these: a whole axum request, which reads a number in its visitor's
-    ///              session and writes the next; the application is called without a socket
+    ///   web        with --web, in place of all these: a whole axum request over a connection that stays open, which
+    ///              reads a number in its visitor's session and writes the next
     ///   tower_sessions, axum_session
     ///              the same with these middlewares and their own stores for Redis and PostgreSQL, which do not
     ///              lock; axum_session keeps all sessions in its process besides

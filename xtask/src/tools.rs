@@ -125,8 +125,9 @@ pub(crate) fn install_cargo_tool(steps: &mut Steps, tool: CargoTool) -> Result<(
         return Ok(());
     }
     println!("cargo-{name} is missing: it is built once, which takes some minutes");
-    // Without optimisation: it runs for seconds here, and optimising it takes minutes.
-    steps.run(&format!("install {name}"), &cargo(&format!("install --locked --debug cargo-{name}@{version}")))
+    // Neither optimised nor for a debugger: it runs for seconds here, and either takes minutes.
+    let install = cargo(&format!("install --locked --debug cargo-{name}@{version}")).env("CARGO_PROFILE_DEV_DEBUG", "false");
+    steps.run(&format!("install {name}"), &install)
 }
 
 /// What the tests of these crates start and nobody has found, each package once.

@@ -4,6 +4,7 @@
 //! (that of SQL databases), [`peers`] (theirs), [`ours`] (our cycles), [`rows`] (beside how many sessions), [`handover`].
 
 mod handover;
+mod http;
 mod memcache;
 mod ours;
 mod peers;

@@ -1,26 +1,27 @@
-//! Whole requests: our layer around an axum application, called without a socket, as the program of the peers calls theirs.
+//! Whole requests: our layer around an axum application, which visitors call as those of the peers call theirs.
 //!
 //! Each visitor has a session of his own, and each request reads a number in it and writes the next.
 
+use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
-use axum::http::Request;
 use axum::routing::post;
 use session_core::{Error, ErrorKind};
 use sessionkit::Sessions;
 use sessionkit::web::{Result, Session, SessionLayer};
-use tower::ServiceExt;
+use tokio::sync::Mutex;
 
 use crate::bench::Round;
+use crate::bench::http::{Served, Visitor};
 use crate::bench::ours::{lost, run};
 use crate::failure::Failure;
 
-/// An application with our layer, and the cookies of its visitors.
+/// An application with our layer, and its visitors.
 pub(crate) struct WebCycle {
-    router: Router,
-    cookies: Vec<String>,
+    visitors: Vec<Arc<Mutex<Visitor>>>,
+    _served: Served,
 }
 
 impl WebCycle {
@@ -35,20 +36,21 @@ impl WebCycle {
             Ok(n.to_string())
         };
         let router = Router::new().route("/begin", post(begin)).route("/count", post(count));
-        let router = router.layer(SessionLayer::new(sessions));
-        let mut cookies = Vec::new();
+        let served = Served::start(router.layer(SessionLayer::new(sessions))).await?;
+        let mut visitors = Vec::new();
         for _ in 0..tasks {
-            cookies.push(send(router.clone(), "/begin", "").await?);
+            visitors.push(Arc::new(Mutex::new(Visitor::welcome(&served).await?)));
         }
-        Ok(Self { router, cookies })
+        Ok(Self { visitors, _served: served })
     }
 
     pub(crate) async fn run(&self, length: Duration) -> Result<Round, Failure> {
-        run(self.cookies.len(), length, |task, mut laps| {
-            let (router, cookie) = (self.router.clone(), self.cookies[task].clone());
+        run(self.visitors.len(), length, |task, mut laps| {
+            let visitor = self.visitors[task].clone();
             async move {
+                let mut visitor = visitor.lock().await;
                 while laps.next().await {
-                    send(router.clone(), "/count", &cookie).await?;
+                    visitor.count().await.map_err(|error| refused(&error))?;
                 }
                 Ok(laps.round())
             }
@@ -57,17 +59,6 @@ impl WebCycle {
     }
 }
 
-/// Sends a request and returns the cookie to go on with.
-async fn send(router: Router, path: &str, cookie: &str) -> session_core::Result<String> {
-    let refused = |message: String| Error::new(ErrorKind::Unexpected, "bench", message);
-    let request = Request::post(path).header("cookie", cookie).body(Body::empty());
-    let request = request.map_err(|error| refused(error.to_string()))?;
-    let response = router.oneshot(request).await.unwrap_or_else(|never| match never {});
-    if !response.status().is_success() {
-        return Err(refused(format!("a request ended with {}", response.status())));
-    }
-    let told = response.headers().get("set-cookie").and_then(|told| told.to_str().ok()?.split(';').next());
-    let told = told.unwrap_or_default().to_owned();
-    axum::body::to_bytes(response.into_body(), 1 << 20).await.map_err(|error| refused(error.to_string()))?;
-    Ok(told)
+fn refused(error: &io::Error) -> Error {
+    Error::new(ErrorKind::Unexpected, "bench", error.to_string())
 }
