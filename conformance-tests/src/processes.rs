@@ -24,7 +24,7 @@ use servant::settle;
 
 use crate::case::suite;
 use crate::harness::Env;
-use crate::steps::{look, new_id, open};
+use crate::steps::{between_rounds, look, new_id, open};
 
 suite! { $
     /// The cases of [`processes_suite!`](crate::processes_suite), without the worker that they start.
@@ -408,6 +408,7 @@ async fn views_beside_a_writing_process_never_go_back(env: Env) {
                 let seen = edition_of(&seen).expect("a view saw a mixture of two records");
                 assert!(seen >= newest, "a view saw record {seen} after record {newest}");
                 newest = seen;
+                between_rounds().await;
             }
             newest
         }));
