@@ -138,14 +138,15 @@ pub(crate) enum Command {
     ///   peer       load, save of tower-sessions-file-store, which neither locks nor syncs, and of
     ///              tower-sessions-redis-store with a pool of six connections, which does not lock;
     ///              with --peers, of tower-sessions-sqlx-store, which does not lock either
-    ///   record     redis://: our handler with the peer's records in the peer's encoding: what its store does, locked
+    ///   record     redis://: our handler with the peer's records in the peer's encoding: what its
+    ///              store does, locked
     ///   peer_session
     ///              redis://: the peer's session, as an application calls it: get, insert, save
-    ///   web        with --web, in place of all these: a whole axum request over a connection that stays open, which
-    ///              reads a number in its visitor's session and writes the next
+    ///   web        with --web, in place of all these: a whole axum request over a connection that
+    ///              stays open, which reads a number in its visitor's session and writes the next
     ///   tower_sessions, axum_session
-    ///              the same with these middlewares and their own stores for Redis and PostgreSQL, which do not
-    ///              lock; axum_session keeps all sessions in its process besides
+    ///              the same with these middlewares and their own stores for Redis and PostgreSQL, which
+    ///              do not lock; axum_session keeps all sessions in its process besides
     ///   cycle_vs_rename, cycle_vs_unlocked, cycle_vs_pgbench, record_vs_peer, session_vs_peer_session,
     ///   session_vs_peer
     ///              how many times faster ours is (the peer: only where ours does not sync either)
