@@ -24,7 +24,7 @@ use servant::settle;
 
 use crate::case::suite;
 use crate::harness::Env;
-use crate::steps::{between_rounds, look, new_id, open};
+use crate::steps::{Pace, look, new_id, open};
 
 suite! { $
     /// The cases of [`processes_suite!`](crate::processes_suite), without the worker that they start.
@@ -402,13 +402,13 @@ async fn views_beside_a_writing_process_never_go_back(env: Env) {
     for _ in 0..2 {
         let (handler, id) = (env.handler().await, id.clone());
         viewers.push(env.spawn(async move {
-            let mut newest = 0;
+            let (mut newest, pace) = (0, Pace::begin());
             while Instant::now() < until {
                 let seen = see(&*handler, &id).await.expect("a view found the session absent");
                 let seen = edition_of(&seen).expect("a view saw a mixture of two records");
                 assert!(seen >= newest, "a view saw record {seen} after record {newest}");
                 newest = seen;
-                between_rounds().await;
+                pace.next().await;
             }
             newest
         }));

@@ -296,7 +296,7 @@ async fn read_beside_writes(env: &Env, writes: u64, touches: bool, judge: fn(u64
         .map(|n| {
             let (handler, id, over, acknowledged) = (readers[n % 2].clone(), id.clone(), over.clone(), acknowledged.clone());
             env.spawn(async move {
-                let mut last = 0;
+                let (mut last, pace) = (0, Pace::begin());
                 while !over.load(Ordering::SeqCst) {
                     let before = acknowledged.load(Ordering::SeqCst);
                     let seen = look(&*handler, &id).await;
@@ -304,7 +304,7 @@ async fn read_beside_writes(env: &Env, writes: u64, touches: bool, judge: fn(u64
                     assert!(seen >= before, "write {before} was acknowledged, and a later read saw write {seen}");
                     judge(last, seen);
                     last = seen;
-                    between_rounds().await;
+                    pace.next().await;
                 }
             })
         })
@@ -506,9 +506,10 @@ async fn gc_destroy_create_race_keeps_the_live_one(env: Env) {
     let collector = {
         let (handler, over) = (handlers[1].clone(), over.clone());
         env.spawn(async move {
+            let pace = Pace::begin();
             while !over.load(Ordering::SeqCst) {
                 handler.gc(up_to(50)).await.unwrap_or_else(|error| panic!("collecting failed: {error:?}"));
-                between_rounds().await;
+                pace.next().await;
             }
         })
     };
@@ -554,9 +555,10 @@ async fn gc_beside_prolonging_keeps_the_prolonged(env: Env) {
     let collector = {
         let (handler, over) = (handlers[1].clone(), over.clone());
         env.spawn(async move {
+            let pace = Pace::begin();
             while !over.load(Ordering::SeqCst) {
                 handler.gc(up_to(50)).await.unwrap_or_else(|error| panic!("collecting failed: {error:?}"));
-                between_rounds().await;
+                pace.next().await;
             }
         })
     };

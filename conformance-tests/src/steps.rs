@@ -3,7 +3,7 @@
 //! Nothing here decides what is right; a case does.
 
 use std::num::NonZeroU32;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use session_core::{
     Change, Cursor, Error, ErrorKind, Expect, OpenRequest, OpenSession, Record, Result, SessionHandler, SessionId, Ttl,
@@ -27,22 +27,34 @@ pub(crate) const SOON: Duration = Duration::from_secs(3);
 /// A life that outlasts every case.
 pub(crate) const LONG: Duration = Duration::from_secs(900);
 
-/// How long parts that ask again and again do so before they rest for as long, in milliseconds.
-const BURST: u64 = 8;
+/// How long a part that asks again and again does so without a rest: on a quick store, all of the case.
+const SPRINT: Duration = Duration::from_millis(100);
 
-/// Gives way between two rounds of a part that asks again and again and waits for nothing; half of the time it rests, and so do all
-/// such parts of the machine at the same moment.
+/// For how long it then asks before it rests for as long, in milliseconds. Twice that is the shortest time that a case leaves to it.
+const BURST: u64 = 4;
+
+/// The pace of a part that asks again and again and waits for nothing. After a while it rests half of the time, and so do all such
+/// parts of the machine at the same moment.
 ///
 /// Without, a few cases at a time keep every processor busy until they end. Linux that shares processors between sessions or control
 /// groups (seen with 6.18 and `kernel.sched_autogroup_enabled`) may then run no thread of its own for as long, not even what
 /// completes the writes to a disk: the save that a case waits for ends when the case has given it up.
-pub(crate) async fn between_rounds() {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let at = u64::try_from(now.as_millis()).unwrap_or(0) % (2 * BURST);
-    if at < BURST {
-        tokio::task::yield_now().await;
-    } else {
-        tokio::time::sleep(Duration::from_millis(2 * BURST - at)).await;
+pub(crate) struct Pace(Instant);
+
+impl Pace {
+    pub(crate) fn begin() -> Self {
+        Self(Instant::now())
+    }
+
+    /// Gives way between two rounds, or rests.
+    pub(crate) async fn next(&self) {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let at = u64::try_from(now.as_millis()).unwrap_or(0) % (2 * BURST);
+        if at < BURST || self.0.elapsed() < SPRINT {
+            tokio::task::yield_now().await;
+        } else {
+            tokio::time::sleep(Duration::from_millis(2 * BURST - at)).await;
+        }
     }
 }
 
