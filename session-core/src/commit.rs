@@ -79,14 +79,15 @@ pub(crate) struct Work {
 }
 
 impl Work {
-    pub(crate) fn new(id: SessionId, mode: Mode, opening: Option<Opening>, data: Data) -> Self {
+    pub(crate) fn new(id: SessionId, mode: Mode, opening: Option<Opening>, data: Data) -> Box<Self> {
         let (base, left, new_id, unsettled) = (None, None, None, None);
-        Self { id, mode, opening, base, data, left, touch: false, compare: false, new_id, redo: Vec::new(), unsettled }
+        let (touch, compare, redo) = (false, false, Vec::new());
+        Box::new(Self { id, mode, opening, base, data, left, touch, compare, new_id, redo, unsettled })
     }
 
     /// Takes the opening and a copy of the rest, for a save that may outlive the request.
-    pub(crate) fn detach(&mut self) -> Self {
-        Self {
+    pub(crate) fn detach(&mut self) -> Box<Self> {
+        Box::new(Self {
             id: self.id.clone(),
             mode: self.mode,
             opening: self.opening.take(),
@@ -98,7 +99,7 @@ impl Work {
             new_id: self.new_id,
             redo: self.redo.clone(),
             unsettled: self.unsettled.take(),
-        }
+        })
     }
 
     /// Whether there is anything that a save would store.
@@ -262,7 +263,7 @@ impl Core {
         outcome
     }
 
-    async fn find_newest(self: &Arc<Self>, id: &SessionId, wait: Duration, lease: Duration) -> Result<Live> {
+    async fn find_newest(self: &Arc<Self>, id: &SessionId, wait: Duration, lease: Duration) -> Result<Box<Live>> {
         match self.find(id, Access::Exclusive { wait, lease }, Expect::Existing, wait).await? {
             Found::Live(live) => Ok(live),
             Found::Absent { .. } | Found::Retired { .. } => {

@@ -666,7 +666,8 @@ impl<S: LeasedStore> OpenSession for Opening<S> {
         if let Some(fetched) = self.fetched.take() {
             return Ok(fetched);
         }
-        let found = self.store.look("read", &self.place).await.map_err(|failed| failed.error)?;
+        // On the heap, so that whoever is given what the open fetched does not carry the room for it.
+        let found = Box::pin(self.store.look("read", &self.place)).await.map_err(|failed| failed.error)?;
         // A fresh id stays fresh, whatever is there, and an exclusive opening that was refused its lock never gets to write.
         let stays = self.basis == Some(Basis::Unseen) || (self.exclusive().is_some() && self.claim.is_none());
         let basis = self.basis;

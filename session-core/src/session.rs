@@ -33,18 +33,19 @@ const FLASH: &str = "\0flash:";
 /// closed behind the request.
 pub struct Session {
     sessions: Sessions,
-    work: Work,
+    // On the heap, so that whoever passes a session on, or waits for its save, does not carry the room for it.
+    work: Box<Work>,
     saving: Option<Saving>,
 }
 
 /// A save under way, whose future may have been dropped.
 struct Saving {
     sent: Values,
-    answer: Owned<(Work, Result<()>)>,
+    answer: Owned<(Box<Work>, Result<()>)>,
 }
 
 impl Session {
-    pub(crate) fn new(sessions: Sessions, work: Work) -> Self {
+    pub(crate) fn new(sessions: Sessions, work: Box<Work>) -> Self {
         Self { sessions, work, saving: None }
     }
 
@@ -357,7 +358,7 @@ impl Session {
     }
 
     /// Goes on with what a save has made of the session; what was changed since it was sent is laid on top.
-    fn resume(&mut self, mut saved: Work, sent: &Values) {
+    fn resume(&mut self, mut saved: Box<Work>, sent: &Values) {
         if &self.work.data.values != sent {
             if let Ok(values) = lay_over(sent, &self.work.data.values, &saved.data.values, &[]) {
                 saved.data.values = values;

@@ -181,7 +181,8 @@ impl Sessions {
         let mode = if self.core.settings.locking { Mode::Exclusive } else { Mode::Optimistic };
         let found = match mode {
             Mode::Exclusive => self.core.find(id, mode.access(self.lease), expect, self.wait).await?,
-            _ => self.find_optimistic(id, expect).await?,
+            // On the heap, so that whoever locks does not carry the room for it.
+            _ => Box::pin(self.find_optimistic(id, expect)).await?,
         };
         self.hand_out(found, mode)
     }
@@ -244,7 +245,7 @@ impl Sessions {
             // Its opening is closed behind the request.
             Found::Live(live) if self.is_foreign(&live.data) => return self.create(),
             Found::Live(live) => {
-                let Live { id, opening, data, left, presented, compare_at_save } = live;
+                let Live { id, opening, data, left, presented, compare_at_save } = *live;
                 let mut work = Work::new(id, mode, (!compare_at_save).then_some(opening), data.clone());
                 (work.base, work.left, work.compare) = (Some(data), Some(left), compare_at_save);
                 if presented {
@@ -380,7 +381,8 @@ pub(crate) struct Core {
 
 /// Where a live id leads.
 pub(crate) enum Found {
-    Live(Live),
+    // On the heap, because it passes through many hands.
+    Live(Box<Live>),
     Absent { id: SessionId, opening: Option<Opening> },
     Retired { id: SessionId },
 }
@@ -430,11 +432,12 @@ impl Core {
                         }
                         _ => false,
                     };
-                    return Ok(Found::Live(Live { id, opening, data, left, presented, compare_at_save: false }));
+                    let live = Live { id, opening, data, left, presented, compare_at_save: false };
+                    return Ok(Found::Live(Box::new(live)));
                 }
                 Ok(Payload::Data(_)) => {
                     // Past its absolute time-out: absent from now on, whoever asks.
-                    self.end(opening, access).await?;
+                    Box::pin(self.end(opening, access)).await?;
                     break;
                 }
                 Ok(Payload::Forward(forward)) => {

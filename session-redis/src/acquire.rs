@@ -140,7 +140,7 @@ impl Attempt<'_> {
         let (entered, repeated) = store.enter(keys, &self.token, &self.claim.value, lease, self.want).await;
         let Entered { mine, queued, body, left } = match entered {
             Ok(entered) => entered,
-            Err(failure) if failure.answered => return self.failed(failure).await,
+            Err(failure) if failure.answered => return Box::pin(self.failed(failure)).await,
             Err(failure) => {
                 self.armed = failure.sent;
                 return Err(failure.into_error(self.operation));
@@ -165,7 +165,7 @@ impl Attempt<'_> {
                 Ok(1) => return self.granted(body, 2 * lease, false).await,
                 // It ended between the two flights: what is there now is asked for under the lock.
                 Ok(_) => {}
-                Err(failure) => return self.failed(failure).await,
+                Err(failure) => return Box::pin(self.failed(failure)).await,
             }
         }
         // On the heap, so that whoever need not wait does not carry the room for it.
@@ -240,7 +240,8 @@ impl Attempt<'_> {
                 self.armed = false;
                 Ok(Some((found, clean)))
             }
-            Err(failure) => self.failed(failure).await,
+            // On the heap, so that whoever gets the lock does not carry the room for it.
+            Err(failure) => Box::pin(self.failed(failure)).await,
         }
     }
 

@@ -176,7 +176,8 @@ impl Store {
         want: Want,
     ) -> (Result<Entered, Failure>, bool) {
         if let Some(batches) = &self.batches {
-            return batches.enter(keys, token, value, lease, want).await;
+            // On the heap, as all below it: an open is a future of less than 1 KiB then, which allocators have at hand on each thread.
+            return Box::pin(batches.enter(keys, token, value, lease, want)).await;
         }
         let mut commands = Pipeline::with_capacity(4);
         enter(&mut commands, keys, value, lease.to_string().as_bytes(), want != Want::Lock);
@@ -189,10 +190,9 @@ impl Store {
     /// Has a change judged by the script of saves; says whether an earlier copy may have been carried out without an answer.
     pub(crate) async fn judge(&self, keys: &Keys, change: Change) -> (Result<Value, Failure>, bool) {
         match &self.batches {
-            Some(batches) => batches.change(keys, change).await,
+            Some(batches) => Box::pin(batches.change(keys, change)).await,
             None => {
                 let ttl = change.ttl.to_string();
-                // On the heap, so that what travels in batches does not carry the room for it.
                 Box::pin(self.run_once(keys, &self.scripts.save, &change.args(&ttl))).await
             }
         }

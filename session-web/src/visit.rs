@@ -132,10 +132,11 @@ impl Visit {
         }
         if state.session.is_none() {
             let sessions = mode.apply(self.sessions());
+            // On the heap, as all that asks the store: a handler carries the room for each of its calls, and is itself passed on by value.
             let opened = match self.current() {
                 None => sessions.create(),
-                Some(id) if mode.kind == Kind::Merge => sessions.merge(&id).await,
-                Some(id) => sessions.open(&id).await,
+                Some(id) if mode.kind == Kind::Merge => Box::pin(sessions.merge(&id)).await,
+                Some(id) => Box::pin(sessions.open(&id)).await,
             };
             (state.without, state.locked) = (false, mode.kind == Kind::Exclusive);
             state.session = Some(match opened {
@@ -177,14 +178,14 @@ impl Visit {
             return Ok(Arc::clone(view));
         }
         let read = match self.current() {
-            Some(id) => self.sessions().view(&id).await,
-            None => self.nothing().await,
+            Some(id) => Box::pin(self.sessions().view(&id)).await,
+            None => Box::pin(self.nothing()).await,
         };
         let view = match read {
             Ok(view) => view,
             Err(error) => {
                 self.go_on_after(error)?;
-                self.nothing().await?
+                Box::pin(self.nothing()).await?
             }
         };
         Ok(Arc::clone(seen.insert(Arc::new(view))))
@@ -279,7 +280,7 @@ impl Visit {
             Some(session) if !keep => {
                 tracing::debug!("what a failed request changed in its session is discarded");
                 // The lock then ends with its lease.
-                let _ = session.abort().await;
+                let _ = Box::pin(session.abort()).await;
                 Ok(())
             }
             Some(session) => {
@@ -310,7 +311,7 @@ impl Visit {
             Known::Destroyed if presented.sent => Notice::Forget,
             Known::Destroyed => Notice::Nothing,
             Known::Stored(id, _) if presented.id.as_ref() == Some(&id) && !presented.outdated => Notice::Nothing,
-            Known::Stored(id, stored) if stored.elapsed() > LATE => match self.sessions().view(&id).await {
+            Known::Stored(id, stored) if stored.elapsed() > LATE => match Box::pin(self.sessions().view(&id)).await {
                 Ok(view) => view.id().cloned().map_or(Notice::Nothing, Notice::Keep),
                 // A new visitor's session would be lost for certain.
                 Err(_) => Notice::Keep(id),
