@@ -56,6 +56,21 @@ async fn values_of_any_type_come_back() {
     assert!(!view.contains("name"));
 }
 
+// The handler of an application carries the room for each call that it makes, and is itself moved from hand to hand.
+#[tokio::test]
+async fn calls_carry_no_room_for_what_only_a_rare_one_needs() {
+    let sessions = sessions();
+    let id = stored(&sessions, &[("n", 1)]).await;
+    let session = sessions.open(&id).await.unwrap();
+    let sizes = [
+        size_of_val(&session),
+        size_of_val(&sessions.open(&id)),
+        size_of_val(&sessions.view(&id)),
+        size_of_val(&session.close()),
+    ];
+    assert!(sizes.iter().all(|size| *size < 1024), "{sizes:?}");
+}
+
 #[tokio::test]
 async fn a_new_session_without_values_is_never_stored() {
     let sessions = sessions();

@@ -34,6 +34,18 @@ async fn settled(opened: &mut Opened, data: &str, id: session_core::WriteId) -> 
     panic!("the server never answered");
 }
 
+// Each of them is a future of its own on the heap, and what is larger than 1 KiB is not at hand there on each thread.
+#[tokio::test]
+async fn a_call_carries_no_room_for_what_only_a_rare_one_needs() {
+    let (handler, id, request) = (on(server()).await, new_id(), exclusive());
+    let change = write_of("data");
+    let mut opened = handler.open(&id, &request.expecting(Expect::Fresh)).await.unwrap();
+    let open = size_of_val(&*handler.open(&id, &request));
+    let read = size_of_val(&*opened.read());
+    let sizes = [open, read, size_of_val(&*opened.save(&change, wid()))];
+    assert!(sizes.iter().all(|size| *size <= 1024), "{sizes:?}");
+}
+
 /// Uses everything that a session is, and a wait for a lock beside it.
 async fn whole_cycle(first: &RedisHandler, second: &RedisHandler) -> Result<()> {
     let id = new_id();
