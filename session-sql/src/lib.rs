@@ -18,7 +18,9 @@
 //! What has expired is deleted by [`gc`](session_core::SessionHandler::gc) in pieces of at most 64 rows on a server, and behind each the
 //! others have twice its time for themselves. Whoever is held up nevertheless should look at the log of the database: a busy table of a
 //! million rows stalled for 40 to 75 ms now and then, with and without gc, while MariaDB had a log of 96 MB (`innodb_log_file_size`, as it
-//! comes), and for 20 to 31 ms with one of 1 GB.
+//! comes), and for 20 to 31 ms with one of 1 GB. On PostgreSQL with `max_wal_size = 1GB`, as it comes, 100,000 rows to collect brought a
+//! checkpoint every 5 to 25 s, of which one `fsync` took 96 to 187 ms, and requests stalled for up to 190 ms, with and without gc; with
+//! 6 GB there was no checkpoint in that time, and they stalled for 28 to 85 ms beside gc.
 
 #![cfg_attr(
     not(any(feature = "postgres", feature = "mysql", feature = "sqlite")),
