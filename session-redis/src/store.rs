@@ -189,6 +189,7 @@ impl Store {
 
     /// Has a change judged by the script of saves; says whether an earlier copy may have been carried out without an answer.
     pub(crate) async fn judge(&self, keys: &Keys, change: Change) -> (Result<Value, Failure>, bool) {
+        // On the heap, both: a save is then as small as an open.
         match &self.batches {
             Some(batches) => Box::pin(batches.change(keys, change)).await,
             None => {
