@@ -37,9 +37,10 @@
 //! # Ok::<(), Error>(()) }).unwrap();
 //! ```
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::hash::Hash;
+use std::iter;
 use std::mem;
 use std::slice;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -254,7 +255,7 @@ impl<B: Batch> fmt::Debug for Collector<B> {
         let (in_flight, waiting) = {
             let state = self.shared.lock();
             let parked: usize = state.sessions.values().map(VecDeque::len).sum();
-            (state.in_flight, parked + state.lanes.iter().map(BTreeMap::len).sum::<usize>())
+            (state.in_flight, parked + state.lanes.iter().map(VecDeque::len).sum::<usize>())
         };
         f.debug_struct("Collector").field("in_flight", &in_flight).field("waiting", &waiting).finish_non_exhaustive()
     }
@@ -281,7 +282,7 @@ struct State<B: Batch> {
     /// The arrival number of the next operation that has to wait.
     next: u64,
     /// What may go as soon as there is a place, by class and in the order of arrival; of each session at most one.
-    lanes: [BTreeMap<u64, Waiting<B>>; 2],
+    lanes: [VecDeque<Waiting<B>>; 2],
     /// The sessions with an operation in a lane or on its way, each with what has to wait for that.
     sessions: HashMap<B::Key, VecDeque<Waiting<B>>>,
 }
@@ -328,7 +329,7 @@ impl<B: Batch> Shared<B> {
             Some(parked) => parked.push_back(waiting),
             None => {
                 state.sessions.insert(key.clone(), VecDeque::new());
-                state.lanes[class as usize].insert(number, waiting);
+                state.lanes[class as usize].push_back(waiting);
             }
         }
         Self::see_off(shared, state);
@@ -353,28 +354,28 @@ impl<B: Batch> Shared<B> {
         if state.departing {
             return;
         }
-        while let Some(batch) = state.take(&self.limits) {
+        while let Some((first, others)) = state.take(&self.limits) {
             state.departing = true;
             drop(state);
-            self.depart(batch);
+            self.depart(first, others);
             state = self.lock();
             state.departing = false;
         }
     }
 
-    fn depart(self: &Arc<Self>, mut batch: Vec<Waiting<B>>) {
-        if batch.len() == 1 {
-            let Waiting { class, key, op, caller, .. } = batch.remove(0);
+    fn depart(self: &Arc<Self>, first: Waiting<B>, others: Vec<Waiting<B>>) {
+        if others.is_empty() {
+            let Waiting { class, key, op, caller, .. } = first;
             let member = Member::new(op);
             let place = Place { shared: Arc::clone(self), key, flight: Some(class) };
             // A caller who has gone leaves the place to the next, by dropping it.
             let _ = caller.send(Verdict::Alone(Lone { place, class, member, failed: None }));
             return;
         }
-        let (class, count) = (batch[0].class, batch.len());
-        let runtime = batch[0].runtime.take().expect("a batch of several begins with a caller on a runtime");
-        let (mut members, mut callers) = (Vec::with_capacity(batch.len()), Vec::with_capacity(batch.len()));
-        for Waiting { key, op, caller, .. } in batch {
+        let (class, count) = (first.class, 1 + others.len());
+        let runtime = first.runtime.clone().expect("a batch of several begins with a caller on a runtime");
+        let (mut members, mut callers) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        for Waiting { key, op, caller, .. } in iter::once(first).chain(others) {
             members.push(Member::new(op));
             callers.push((key, caller));
         }
@@ -401,8 +402,8 @@ impl<B: Batch> Shared<B> {
 }
 
 impl<B: Batch> State<B> {
-    /// Takes a place in flight, and what travels on it.
-    fn take(&mut self, limits: &Limits) -> Option<Vec<Waiting<B>>> {
+    /// Takes a place in flight, and what travels on it: one, and those beside it.
+    fn take(&mut self, limits: &Limits) -> Option<(Waiting<B>, Vec<Waiting<B>>)> {
         if self.in_flight >= limits.flights {
             return None;
         }
@@ -419,22 +420,20 @@ impl<B: Batch> State<B> {
             }
         };
         let lane = &mut self.lanes[class as usize];
-        let (_, first) = lane.pop_first()?;
+        let first = lane.pop_front()?;
         let mut bytes = first.bytes;
+        let mut others = Vec::new();
         // Without a runtime nobody could drive a batch of several.
-        let joined = bytes <= limits.alone && first.runtime.is_some();
-        let mut batch = Vec::with_capacity(if joined { limits.members.min(lane.len() + 1) } else { 1 });
-        batch.push(first);
-        while joined && batch.len() < limits.members {
-            let Some(next) = lane.first_entry() else { break };
-            bytes += next.get().bytes;
-            if next.get().bytes > limits.alone || bytes > limits.bytes {
-                break;
-            }
-            batch.push(next.remove());
+        if bytes <= limits.alone && first.runtime.is_some() {
+            let fits = |next: &Waiting<B>| {
+                bytes += next.bytes;
+                next.bytes <= limits.alone && bytes <= limits.bytes
+            };
+            let count = lane.iter().take(limits.members - 1).map(fits).take_while(|fits| *fits).count();
+            others.extend(lane.drain(..count));
         }
-        self.set_out(class, batch.len());
-        Some(batch)
+        self.set_out(class, 1 + others.len());
+        Some((first, others))
     }
 
     /// Whether what waits of this class goes as soon as there is a place.
@@ -458,7 +457,10 @@ impl<B: Batch> State<B> {
     fn free(&mut self, key: &B::Key) {
         match self.sessions.get_mut(key).and_then(VecDeque::pop_front) {
             Some(next) => {
-                self.lanes[next.class as usize].insert(next.number, next);
+                let lane = &mut self.lanes[next.class as usize];
+                // It may have come before others of its lane.
+                let at = lane.partition_point(|waiting| waiting.number < next.number);
+                lane.insert(at, next);
             }
             None => {
                 self.sessions.remove(key);
@@ -468,13 +470,14 @@ impl<B: Batch> State<B> {
 
     /// Takes out an operation that was not sent yet.
     fn give_up(&mut self, ticket: &Ticket<B>) -> Option<Waiting<B>> {
-        if let Some(waiting) = self.lanes[ticket.class as usize].remove(&ticket.number) {
+        let at = |line: &VecDeque<Waiting<B>>| line.binary_search_by_key(&ticket.number, |waiting| waiting.number).ok();
+        let lane = &mut self.lanes[ticket.class as usize];
+        if let Some(waiting) = at(lane).and_then(|at| lane.remove(at)) {
             self.free(&ticket.key);
             return Some(waiting);
         }
         let parked = self.sessions.get_mut(&ticket.key)?;
-        let at = parked.binary_search_by_key(&ticket.number, |waiting| waiting.number).ok()?;
-        parked.remove(at)
+        parked.remove(at(parked)?)
     }
 }
 
@@ -639,6 +642,9 @@ impl<B: Batch> Flight<B> {
 
     /// Between the taking of the batch and the first step of its task a caller may have gone.
     fn take_out_who_has_gone(&mut self) {
+        if !self.callers.iter().any(|(_, caller)| caller.is_closed()) {
+            return;
+        }
         let mut gone = Vec::new();
         let callers = mem::take(&mut self.callers);
         let members = mem::take(&mut self.members);
@@ -662,31 +668,30 @@ impl<B: Batch> Flight<B> {
             Reply::Skipped => None,
         });
         let skipped = |member: Member<B::Op>| Member { skipped: true, ..member };
-        self.tell(verdicts.collect(), skipped, None);
+        self.tell(verdicts, skipped, None);
     }
 
     /// Tells all callers the same.
     fn refuse(&mut self, error: &Error) {
-        let verdicts = self.members.iter().map(|_| Some(Err(error.clone()))).collect();
-        self.tell(verdicts, |member| member, None);
+        self.tell(iter::repeat_with(|| Some(Err(error.clone()))), |member| member, None);
     }
 
     /// Lets each caller send his own operation again, alone.
     fn scatter(&mut self, repeat: bool) {
-        let verdicts = self.members.iter().map(|_| None).collect();
-        self.tell(verdicts, |member| Member { repeat, ..member }, Some(&Arc::default()));
+        self.tell(iter::repeat_with(|| None), |member| Member { repeat, ..member }, Some(&Arc::default()));
     }
 
     /// Hands out the verdicts, or `again` where there is none.
     fn tell(
         &mut self,
-        verdicts: Vec<Option<Result<B::Outcome>>>,
+        verdicts: impl Iterator<Item = Option<Result<B::Outcome>>>,
         again: impl Fn(Member<B::Op>) -> Member<B::Op>,
         failed: Option<&Arc<Failed>>,
     ) {
         self.landed = true;
         let members = mem::take(&mut self.members);
         let callers = mem::take(&mut self.callers);
+        self.done.reserve(callers.len());
         for ((member, (key, caller)), verdict) in members.into_iter().zip(callers).zip(verdicts) {
             let verdict = match verdict {
                 Some(result) => {

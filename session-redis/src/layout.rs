@@ -28,7 +28,9 @@ pub(crate) struct Keys {
 
 impl Keys {
     pub(crate) fn new(prefix: &str, id: &SessionId) -> Self {
-        Self::of(&[prefix, "{", id.as_str(), "}"].concat())
+        let id = id.as_str();
+        let text = [prefix, "{", id, "}", LOCK, prefix, "{", id, "}", QUEUE].concat().into();
+        Self { text, record: prefix.len() + id.len() + 2 }
     }
 
     /// The keys beside a record's own.
