@@ -4,10 +4,11 @@
 //! long it took.
 
 use std::num::NonZeroU32;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use metrics::{Unit, counter, describe_counter, describe_histogram, histogram};
+use metrics::{Key, Label, Level, Metadata, Unit, describe_counter, describe_histogram, with_recorder};
 use tracing::{Instrument, Span, debug, debug_span, field, warn};
 
 use crate::error::{ErrorKind, Result};
@@ -40,7 +41,7 @@ const COLLECTED: &str = "sessionkit_gc_freed_total";
 #[derive(Clone, Debug)]
 pub struct Observe<H> {
     inner: H,
-    backend: &'static str,
+    names: Arc<Names>,
 }
 
 impl<H> Observe<H> {
@@ -50,7 +51,7 @@ impl<H> Observe<H> {
         describe_histogram!(HOLD, Unit::Seconds, "How long sessions were held");
         describe_counter!(OPERATIONS, "Calls by operation and outcome");
         describe_counter!(COLLECTED, "Expired sessions that were collected");
-        Self { inner, backend }
+        Self { inner, names: Arc::new(Names::new(backend)) }
     }
 }
 
@@ -60,22 +61,23 @@ impl<H: SessionHandler> SessionHandler for Observe<H> {
     async fn open(&self, id: &SessionId, request: &OpenRequest) -> Result<Box<dyn OpenSession>> {
         let began = Instant::now();
         let locks = matches!(request.access, Access::Exclusive { .. }) && request.expect != Expect::Fresh;
-        let call = Call::begin(self.backend, "open");
+        let call = Call::begin(&self.names, "open");
         call.span.record("access", access_name(request.access));
         let outcome = call.run(self.inner.open(id, request), |_| "ok").await;
         if locks && !outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unsupported) {
-            histogram!(WAIT, "backend" => self.backend).record(began.elapsed());
+            Names::time(&self.names.wait, began);
         }
         let held_since = locks.then(Instant::now);
         let existing = request.expect == Expect::Existing;
         outcome.map(|inner| {
-            Box::new(Observed { inner, backend: self.backend, existing, held_since, closed: false }) as Box<dyn OpenSession>
+            let names = Arc::clone(&self.names);
+            Box::new(Observed { inner, names, existing, held_since, closed: false }) as Box<dyn OpenSession>
         })
     }
 
     async fn gc(&self, limit: NonZeroU32) -> Result<u64> {
-        let freed = Call::begin(self.backend, "gc").run(self.inner.gc(limit), |_| "ok").await?;
-        counter!(COLLECTED, "backend" => self.backend).increment(freed);
+        let freed = Call::begin(&self.names, "gc").run(self.inner.gc(limit), |_| "ok").await?;
+        Names::add(&self.names.collected, freed);
         Ok(freed)
     }
 
@@ -87,7 +89,7 @@ impl<H: SessionHandler> SessionHandler for Observe<H> {
 #[derive(Debug)]
 struct Observed {
     inner: Box<dyn OpenSession>,
-    backend: &'static str,
+    names: Arc<Names>,
     existing: bool,
     held_since: Option<Instant>,
     closed: bool,
@@ -96,7 +98,7 @@ struct Observed {
 impl Observed {
     fn hold_ends(&mut self) {
         if let Some(since) = self.held_since.take() {
-            histogram!(HOLD, "backend" => self.backend).record(since.elapsed());
+            Names::time(&self.names.hold, since);
         }
     }
 
@@ -114,7 +116,7 @@ impl Observed {
 #[deny(clippy::missing_trait_methods)]
 impl OpenSession for Observed {
     async fn read(&mut self) -> Result<Option<Record>> {
-        let call = Call::begin(self.backend, "read");
+        let call = Call::begin(&self.names, "read");
         let outcome = call.run(self.inner.read(), |record| if record.is_some() { "found" } else { "absent" }).await;
         if matches!(outcome, Ok(None)) && self.existing && self.inner.held().is_none() {
             // An absent id was answered without a lock.
@@ -124,31 +126,31 @@ impl OpenSession for Observed {
     }
 
     async fn write(&mut self, record: &Record, id: WriteId) -> Result<Written> {
-        let outcome = Call::begin(self.backend, "write").run(self.inner.write(record, id), written_name).await;
+        let outcome = Call::begin(&self.names, "write").run(self.inner.write(record, id), written_name).await;
         self.after_change(&outcome);
         outcome
     }
 
     async fn destroy(&mut self) -> Result<Option<Record>> {
-        let call = Call::begin(self.backend, "destroy");
+        let call = Call::begin(&self.names, "destroy");
         call.run(self.inner.destroy(), |record| if record.is_some() { "removed" } else { "absent" }).await
     }
 
     async fn close(&mut self) -> Result<()> {
-        let outcome = Call::begin(self.backend, "close").run(self.inner.close(), |()| "ok").await;
+        let outcome = Call::begin(&self.names, "close").run(self.inner.close(), |()| "ok").await;
         self.closed = true;
         self.hold_ends();
         outcome
     }
 
     async fn touch(&mut self, ttl: Ttl) -> Result<Written> {
-        let outcome = Call::begin(self.backend, "touch").run(self.inner.touch(ttl), written_name).await;
+        let outcome = Call::begin(&self.names, "touch").run(self.inner.touch(ttl), written_name).await;
         self.after_change(&outcome);
         outcome
     }
 
     async fn save(&mut self, change: &Change, id: WriteId) -> Result<Written> {
-        let outcome = Call::begin(self.backend, "save").run(self.inner.save(change, id), written_name).await;
+        let outcome = Call::begin(&self.names, "save").run(self.inner.save(change, id), written_name).await;
         if !outcome.as_ref().is_err_and(|error| error.kind().keeps_opening()) {
             self.closed = true;
             self.hold_ends();
@@ -164,24 +166,25 @@ impl OpenSession for Observed {
 impl Drop for Observed {
     fn drop(&mut self) {
         if !self.closed && self.held_since.is_some() {
-            count(self.backend, "drop", "abandoned");
+            self.names.count("drop", "abandoned");
             self.hold_ends();
         }
     }
 }
 
 /// One call under way. Dropped before its end, it counts as cancelled.
-struct Call {
-    backend: &'static str,
+struct Call<'a> {
+    names: &'a Names,
     operation: &'static str,
     span: Span,
     ended: bool,
 }
 
-impl Call {
-    fn begin(backend: &'static str, operation: &'static str) -> Self {
-        let span = debug_span!("sessionkit", backend, operation, access = field::Empty, outcome = field::Empty);
-        Self { backend, operation, span, ended: false }
+impl<'a> Call<'a> {
+    fn begin(names: &'a Names, operation: &'static str) -> Self {
+        let span =
+            debug_span!("sessionkit", backend = names.backend, operation, access = field::Empty, outcome = field::Empty);
+        Self { names, operation, span, ended: false }
     }
 
     async fn run<T>(mut self, call: impl Future<Output = Result<T>>, name: impl FnOnce(&T) -> &'static str) -> Result<T> {
@@ -200,12 +203,12 @@ impl Call {
     fn end(&mut self, outcome: &'static str) {
         self.ended = true;
         self.span.record("outcome", outcome);
-        count(self.backend, self.operation, outcome);
+        self.names.count(self.operation, outcome);
     }
 
     // The text of the error stays out: it may come from a handler that does not keep its promise about ids.
     fn failed(&self, kind: ErrorKind, took: Duration) {
-        let (backend, operation, outcome) = (self.backend, self.operation, kind.as_str());
+        let (backend, operation, outcome) = (self.names.backend, self.operation, kind.as_str());
         let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
         match kind {
             ErrorKind::Unavailable | ErrorKind::Unknown | ErrorKind::Corrupt | ErrorKind::Config | ErrorKind::Unexpected => {
@@ -224,7 +227,7 @@ impl Call {
     }
 }
 
-impl Drop for Call {
+impl Drop for Call<'_> {
     fn drop(&mut self) {
         if !self.ended {
             self.end("cancelled");
@@ -232,8 +235,54 @@ impl Drop for Call {
     }
 }
 
-fn count(backend: &'static str, operation: &'static str, outcome: &'static str) {
-    counter!(OPERATIONS, "backend" => backend, "operation" => operation, "outcome" => outcome).increment(1);
+/// What metrics are called, put together once: a request tells five of them.
+#[derive(Debug)]
+struct Names {
+    backend: &'static str,
+    wait: Key,
+    hold: Key,
+    collected: Key,
+    usual: [(&'static str, &'static str, Key); USUAL.len()],
+}
+
+/// What nearly every call is, by operation and outcome.
+const USUAL: [(&str, &str); 6] =
+    [("open", "ok"), ("read", "found"), ("save", "applied"), ("touch", "applied"), ("close", "ok"), ("read", "absent")];
+
+static METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, Some(module_path!()));
+
+impl Names {
+    fn new(backend: &'static str) -> Self {
+        let of_backend = |name: &'static str| Key::from_parts(name, vec![Label::new("backend", backend)]);
+        Self {
+            backend,
+            wait: of_backend(WAIT),
+            hold: of_backend(HOLD),
+            collected: of_backend(COLLECTED),
+            usual: USUAL.map(|(operation, outcome)| (operation, outcome, Self::operation(backend, operation, outcome))),
+        }
+    }
+
+    fn operation(backend: &'static str, operation: &'static str, outcome: &'static str) -> Key {
+        let labels =
+            vec![Label::new("backend", backend), Label::new("operation", operation), Label::new("outcome", outcome)];
+        Key::from_parts(OPERATIONS, labels)
+    }
+
+    fn count(&self, operation: &'static str, outcome: &'static str) {
+        match self.usual.iter().find(|usual| (usual.0, usual.1) == (operation, outcome)) {
+            Some((_, _, key)) => Self::add(key, 1),
+            None => Self::add(&Self::operation(self.backend, operation, outcome), 1),
+        }
+    }
+
+    fn add(key: &Key, count: u64) {
+        with_recorder(|recorder| recorder.register_counter(key, &METADATA)).increment(count);
+    }
+
+    fn time(key: &Key, began: Instant) {
+        with_recorder(|recorder| recorder.register_histogram(key, &METADATA)).record(began.elapsed());
+    }
 }
 
 fn written_name(written: &Written) -> &'static str {
