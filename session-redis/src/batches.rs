@@ -8,10 +8,11 @@
 
 use std::borrow::Cow;
 use std::hash::{Hash, Hasher};
+use std::iter;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use redis::{Pipeline, ServerError, ServerErrorKind, Value};
+use redis::{Cmd, Pipeline, ServerError, ServerErrorKind, Value};
 use session_core::collector::{Batch, Class, Collector, Limits, Member, Reply};
 use session_core::leased::Want;
 use session_core::{ErrorKind, Result};
@@ -213,15 +214,19 @@ impl Batch for ToServer {
 struct Trip<'a> {
     op: &'a Op,
     outcome: Option<Result<Answer, Failure>>,
+    /// What is known before the whole answer is: whether the lock was taken, and what was read.
+    lock: Option<Result<bool, Failure>>,
+    read: Option<Result<(Body, i64), Failure>>,
     /// Whether a copy was sent that was not answered.
     sent: bool,
-    /// Whether its body is an argument of the script, because it could not be put anywhere else.
-    direct: bool,
+    /// Whether it goes for itself because among others it could not: its body is an argument of the script, its record is asked for
+    /// alone.
+    apart: bool,
 }
 
 impl<'a> Trip<'a> {
     fn new(member: &'a Member<Op>) -> Self {
-        Self { op: &member.op, outcome: None, sent: member.repeat, direct: false }
+        Self { op: &member.op, outcome: None, lock: None, read: None, sent: member.repeat, apart: false }
     }
 
     fn end(&mut self, outcome: Result<Answer, Failure>) {
@@ -247,6 +252,10 @@ enum Slot {
     Enter(usize),
     /// Those to the commands of a view.
     Look(usize),
+    /// That to the lock of an open among many.
+    Lock(usize),
+    /// Those to the commands of many: whether anybody waits for one of the first, and what the second read.
+    Many { entering: Vec<usize>, reading: Vec<usize> },
     /// The one to a change or a withdrawal.
     Plain(usize),
 }
@@ -270,7 +279,10 @@ impl ToServer {
             }
             let failure = match self.ask(&commands).await {
                 Ok(answers) if again && answers.iter().any(is_read_only) => None,
-                Ok(answers) => return hand_out(trips, slots, answers),
+                Ok(answers) => {
+                    hand_out(trips, slots, answers);
+                    continue;
+                }
                 Err(failure) => Some(failure),
             };
             // Whatever a replica said to a view is asked again, too.
@@ -298,12 +310,12 @@ impl ToServer {
                     let mut forgotten = false;
                     for trip in trips.iter_mut() {
                         let Some(Ok(Answer::Plain(Value::ServerError(error)))) = &trip.outcome else { continue };
-                        let unplaced = !trip.direct && is_unplaced(error);
+                        let unplaced = !trip.apart && is_unplaced(error);
                         let unknown = !whole && error.kind() == Some(ServerErrorKind::NoScript);
                         if unplaced || unknown || again && Failure::refused(error).passing {
                             trip.outcome = None;
                         }
-                        trip.direct |= unplaced;
+                        trip.apart |= unplaced;
                         forgotten |= unknown;
                     }
                     if forgotten {
@@ -337,7 +349,7 @@ impl ToServer {
         let mut calls = Vec::with_capacity(changes.len());
         for (index, keys, change, ttl) in &changes {
             let mut args = change.args(ttl);
-            let place = match Body::write_of(&change.body).filter(|_| change.how == *USUAL && !trips[*index].direct) {
+            let place = match Body::write_of(&change.body).filter(|_| change.how == *USUAL && !trips[*index].apart) {
                 Some(write) => {
                     let place = keys.place(write);
                     commands.add_command(command(&[b"SET", place.as_bytes(), &change.body, b"PX", ttl.as_bytes()]));
@@ -385,17 +397,47 @@ fn open<'t, 'a>(trips: &'t mut [Trip<'a>]) -> impl Iterator<Item = &'t mut Trip<
     trips.iter_mut().filter(|trip| trip.outcome.is_none())
 }
 
+/// Many opens and views are asked for together: whether anybody waits for one of these sessions, and all records by one command. To
+/// take in a command costs a server more than what these do.
 fn entering(trips: &[Trip<'_>]) -> Flight {
-    let (mut commands, mut slots) = (Pipeline::with_capacity(4 * trips.len()), Vec::with_capacity(trips.len()));
-    for (index, trip) in trips.iter().enumerate().filter(|(_, trip)| trip.outcome.is_none()) {
+    let open = || trips.iter().enumerate().filter(|(_, trip)| trip.outcome.is_none());
+    let count = open().filter(|(_, trip)| !trip.apart).count();
+    let (mut commands, mut slots) = (Pipeline::with_capacity(2 * count + 4), Vec::with_capacity(1));
+    let (mut entering, mut reading) = (Vec::new(), Vec::new());
+    for (index, trip) in open() {
         let Op { keys, what, .. } = trip.op;
+        let together = count > 1 && !trip.apart;
         if let What::Enter { value, lease, reads } = what {
-            enter(&mut commands, keys, value, lease.to_string().as_bytes(), *reads);
-            slots.push(Slot::Enter(index));
+            if together {
+                take(&mut commands, keys, value, *lease);
+                slots.push(Slot::Lock(index));
+                entering.push(index);
+                reading.extend(reads.then_some(index));
+            } else {
+                enter(&mut commands, keys, value, *lease, *reads);
+                slots.push(Slot::Enter(index));
+            }
+        } else if together {
+            reading.push(index);
         } else {
             look(&mut commands, keys);
             slots.push(Slot::Look(index));
         }
+    }
+    let keys = |index: usize| &trips[index].op.keys;
+    if !entering.is_empty() {
+        let queues = entering.iter().map(|index| keys(*index).queue().as_bytes());
+        commands.add_command(command(&iter::once(&b"EXISTS"[..]).chain(queues).collect::<Vec<_>>()));
+    }
+    if !reading.is_empty() {
+        let records = reading.iter().map(|index| keys(*index).record().as_bytes());
+        commands.add_command(command(&iter::once(&b"MGET"[..]).chain(records).collect::<Vec<_>>()));
+        for index in &reading {
+            commands.add_command(command(&[b"PTTL", keys(*index).record().as_bytes()]));
+        }
+    }
+    if count > 1 {
+        slots.push(Slot::Many { entering, reading });
     }
     (commands, slots)
 }
@@ -427,21 +469,65 @@ fn hand_out(trips: &mut [Trip<'_>], slots: Vec<Slot>, answers: Vec<Value>) {
                 trips[index].end(seen(own).map(|(body, left)| Answer::Seen(body, left)));
             }
             Slot::Plain(index) => trips[index].end(next(&mut answers).map(Answer::Plain)),
+            Slot::Lock(index) => trips[index].lock = Some(next(&mut answers).and_then(|answer| taken(&answer))),
+            Slot::Many { entering, reading } => hand_out_many(trips, &entering, &reading, &mut answers),
         }
+    }
+}
+
+/// Reads what many were answered together. If anybody waits for one of the sessions, each open hears it, and asks for itself.
+fn hand_out_many(trips: &mut [Trip<'_>], entering: &[usize], reading: &[usize], answers: &mut impl Iterator<Item = Value>) {
+    let queues = if entering.is_empty() { Value::Int(0) } else { answers.next().unwrap_or(Value::Nil) };
+    let bodies = match if reading.is_empty() { None } else { answers.next() } {
+        Some(Value::Array(bodies)) if bodies.len() == reading.len() => bodies,
+        other => vec![other.unwrap_or(Value::Nil); reading.len()],
+    };
+    for (&index, body) in reading.iter().zip(bodies) {
+        let read = next(answers).and_then(|left| look_at(body, &left));
+        let trip = &mut trips[index];
+        // What is there is no string, and `MGET` does not say so; or it has only just come. An open that asks again finds its own lock,
+        // as any repeat does.
+        trip.apart = matches!(read, Ok((Body::Absent, left)) if left != GONE);
+        if trip.apart {
+            trip.sent = true;
+        } else if trip.lock.is_some() {
+            trip.read = Some(read);
+        } else {
+            trip.end(read.map(|(body, left)| Answer::Seen(body, left)));
+        }
+    }
+    for &index in entering {
+        let trip = &mut trips[index];
+        if let (Some(lock), false) = (trip.lock.take(), trip.apart) {
+            let read = trip.read.take().unwrap_or(Ok((Body::Absent, GONE)));
+            let entered = lock.and_then(|mine| {
+                let (queued, (body, left)) = (int(&queues)? > 0, read?);
+                Ok(Answer::Entered(Entered { mine, queued, body, left }))
+            });
+            trip.end(entered);
+        }
+    }
+}
+
+/// What `PTTL` says of a key that is not there.
+const GONE: i64 = -2;
+
+/// Whether a lock was taken.
+fn taken(answer: &Value) -> Result<bool, Failure> {
+    match answer {
+        Value::Okay => Ok(true),
+        Value::Nil => Ok(false),
+        Value::ServerError(error) => Err(Failure::refused(error)),
+        _ => Err(Failure::unexpected("SET answered with something else than it can")),
     }
 }
 
 impl Entered {
     /// Reads what the plain commands of one open were answered.
     pub(crate) fn parse(answers: &mut impl Iterator<Item = Value>, reads: bool) -> Result<Self, Failure> {
-        let mine = match next(answers)? {
-            Value::Okay => true,
-            Value::Nil => false,
-            Value::ServerError(error) => return Err(Failure::refused(&error)),
-            _ => return Err(Failure::unexpected("SET answered with something else than it can")),
-        };
+        let mine = taken(&next(answers)?)?;
         let queued = int(&next(answers)?)? > 0;
-        let (body, left) = if reads { look_at(next(answers)?, &next(answers)?)? } else { (Body::Absent, -2) };
+        let (body, left) = if reads { look_at(next(answers)?, &next(answers)?)? } else { (Body::Absent, GONE) };
         Ok(Self { mine, queued, body, left })
     }
 }
@@ -456,12 +542,18 @@ fn seen(answers: Vec<Value>) -> Result<(Body, i64), Failure> {
 }
 
 /// Adds the commands of one open.
-pub(crate) fn enter(commands: &mut Pipeline, keys: &Keys, value: &[u8], lease: &[u8], reads: bool) {
-    commands.add_command(command(&[b"SET", keys.lock().as_bytes(), value, b"NX", b"PX", lease]));
+pub(crate) fn enter(commands: &mut Pipeline, keys: &Keys, value: &[u8], lease: i64, reads: bool) {
+    take(commands, keys, value, lease);
     commands.add_command(command(&[b"EXISTS", keys.queue().as_bytes()]));
     if reads {
         look(commands, keys);
     }
+}
+
+fn take(commands: &mut Pipeline, keys: &Keys, value: &[u8], lease: i64) {
+    let mut set = Cmd::with_capacity(6, 32 + keys.lock().len() + value.len());
+    set.arg(b"SET").arg(keys.lock()).arg(value).arg(b"NX").arg(b"PX").arg(lease);
+    commands.add_command(set);
 }
 
 /// Adds the commands of one view.

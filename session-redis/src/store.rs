@@ -180,7 +180,7 @@ impl Store {
             return Box::pin(batches.enter(keys, token, value, lease, want)).await;
         }
         let mut commands = Pipeline::with_capacity(4);
-        enter(&mut commands, keys, value, lease.to_string().as_bytes(), want != Want::Lock);
+        enter(&mut commands, keys, value, lease, want != Want::Lock);
         match Box::pin(self.ask_twice(keys, &commands)).await {
             Ok((answers, repeated)) => (Entered::parse(&mut answers.into_iter(), want != Want::Lock), repeated),
             Err(failure) => (Err(failure), false),

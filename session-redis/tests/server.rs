@@ -13,6 +13,7 @@ use conformance_tests::servers::{Redis, RedisCluster};
 use session_core::{Change, ErrorKind, Expect, LockInfo, OpenRequest, Result, SessionHandler, SessionId, Ttl, Written};
 use session_redis::{RedisConfig, RedisHandler};
 use support::*;
+use tokio::task::JoinSet;
 
 /// A handler that does not wait long for an answer.
 async fn impatient(redis: &Redis) -> RedisHandler {
@@ -76,6 +77,15 @@ async fn whole_cycle(first: &RedisHandler, second: &RedisHandler) -> Result<()> 
     let mut optimistic = first.open(&id, &OpenRequest::optimistic()).await?;
     optimistic.read().await?;
     optimistic.save(&write_of("newest"), wid()).await?;
+    // Many who ask at the same moment ask together.
+    let mut views = JoinSet::new();
+    for _ in 0..64 {
+        let (first, id) = (first.clone(), id.clone());
+        views.spawn(async move { first.open(&id, &OpenRequest::read_only()).await?.read().await });
+    }
+    for view in views.join_all().await {
+        assert_eq!(view?.map(|record| record.data).as_deref(), Some(&b"newest"[..]));
+    }
     // A life that ends before two leases do is prolonged at the open.
     let mut opened = first.open(&id, &exclusive()).await?;
     opened.save(&Change::Touch(Ttl::from_secs(30)), wid()).await?;

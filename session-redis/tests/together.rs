@@ -299,6 +299,80 @@ async fn opens_in_one_flight_are_answered_each_for_itself() {
     assert!(left > 100_000, "the hold keeps it alive: {left}");
 }
 
+#[tokio::test]
+async fn views_in_one_flight_are_answered_each_for_itself() {
+    let redis = start(&[]);
+    let handler = on(&redis).await;
+    let mut ids = sessions(&handler, MANY).await;
+    let absent = CROWDED;
+    ids[absent] = new_id();
+    let foreign = [CROWDED + 1, CROWDED + 2];
+    redis.command(&["DEL", &keys(&ids[foreign[0]])[0]]).unwrap();
+    redis.command(&["RPUSH", &keys(&ids[foreign[0]])[0], "somebody else's"]).unwrap();
+    redis.command(&["SET", &keys(&ids[foreign[1]])[0], "somebody else's text"]).unwrap();
+    let destroyed = CROWDED + 3;
+    open(&handler, &ids[destroyed], OpenRequest::destroy()).await.destroy().await.unwrap();
+    let before = calls(&redis, "get");
+    let tasks: Vec<JoinHandle<Result<Option<String>>>> = ids
+        .iter()
+        .map(|id| {
+            let (handler, id) = (handler.clone(), id.clone());
+            tokio::spawn(async move {
+                let record = handler.open(&id, &OpenRequest::read_only()).await?.read().await?;
+                Ok(record.map(|record| String::from_utf8(record.data).unwrap()))
+            })
+        })
+        .collect();
+    for (n, task) in tasks.into_iter().enumerate() {
+        let outcome = task.await.unwrap();
+        match n {
+            n if foreign.contains(&n) => assert_eq!(kind(outcome), ErrorKind::Corrupt, "{n}"),
+            n if n == absent || n == destroyed => assert_eq!(outcome.unwrap(), None, "{n}"),
+            n => assert_eq!(outcome.unwrap().as_deref(), Some("old"), "{n}"),
+        }
+    }
+    let (together, alone) = (calls(&redis, "mget"), calls(&redis, "get") - before);
+    assert!(
+        (1..=20).contains(&together) && alone <= 12,
+        "{MANY} views asked {together} times together and {alone} times alone"
+    );
+}
+
+#[tokio::test]
+async fn an_open_in_a_flight_that_finds_a_free_lock_lets_those_in_who_wait_for_it() {
+    let redis = start(&[]);
+    let (handler, other, third) = (on(&redis).await, on(&redis).await, on(&redis).await);
+    let ids = sessions(&handler, MANY).await;
+    let awaited = CROWDED;
+    let _holder = open(&other, &ids[awaited], exclusive()).await;
+    let waiter = tokio::spawn({
+        let id = ids[awaited].clone();
+        async move { saved(open(&third, &id, exclusive()).await, "theirs").await }
+    });
+    until("a place in the queue", async || exists(&redis, &keys(&ids[awaited])[2])).await;
+    // As if the lease had ended, which the waiter does not know.
+    redis.command(&["DEL", &keys(&ids[awaited])[1]]).unwrap();
+    let before = calls(&redis, "mget");
+    let tasks: Vec<JoinHandle<_>> = ids
+        .iter()
+        .map(|id| {
+            let (handler, id) = (handler.clone(), id.clone());
+            tokio::spawn(async move {
+                let mut opened = open(&handler, &id, exclusive()).await;
+                let found = read(&mut opened).await;
+                opened.close().await.unwrap();
+                found
+            })
+        })
+        .collect();
+    for (n, task) in tasks.into_iter().enumerate() {
+        let expected = if n == awaited { "theirs" } else { "old" };
+        assert_eq!(task.await.unwrap().as_deref(), Some(expected), "{n}");
+    }
+    waiter.await.unwrap();
+    assert!(calls(&redis, "mget") > before, "they travelled together");
+}
+
 /// What was sent and not answered may be in force, and what was never sent is not.
 #[tokio::test]
 async fn a_flight_whose_answer_is_lost_counts_once_for_each_in_it() {
