@@ -363,7 +363,7 @@ impl<B: Batch> Shared<B> {
         }
     }
 
-    fn depart(self: &Arc<Self>, first: Waiting<B>, others: Vec<Waiting<B>>) {
+    fn depart(self: &Arc<Self>, mut first: Waiting<B>, others: Vec<Waiting<B>>) {
         if others.is_empty() {
             let Waiting { class, key, op, caller, .. } = first;
             let member = Member::new(op);
@@ -373,7 +373,7 @@ impl<B: Batch> Shared<B> {
             return;
         }
         let (class, count) = (first.class, 1 + others.len());
-        let runtime = first.runtime.clone().expect("a batch of several begins with a caller on a runtime");
+        let runtime = first.runtime.take().expect("a batch of several begins with a caller on a runtime");
         let (mut members, mut callers) = (Vec::with_capacity(count), Vec::with_capacity(count));
         for Waiting { key, op, caller, .. } in iter::once(first).chain(others) {
             members.push(Member::new(op));

@@ -59,15 +59,16 @@ impl<H> Observe<H> {
 #[deny(clippy::missing_trait_methods)]
 impl<H: SessionHandler> SessionHandler for Observe<H> {
     async fn open(&self, id: &SessionId, request: &OpenRequest) -> Result<Box<dyn OpenSession>> {
-        let began = Instant::now();
         let locks = matches!(request.access, Access::Exclusive { .. }) && request.expect != Expect::Fresh;
         let call = Call::begin(&self.names, "open");
         call.span.record("access", access_name(request.access));
+        let began = call.began;
         let outcome = call.run(self.inner.open(id, request), |_| "ok").await;
+        let ended = Instant::now();
         if locks && !outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unsupported) {
-            Names::time(&self.names.wait, began);
+            Names::time(&self.names.wait, ended - began);
         }
-        let held_since = locks.then(Instant::now);
+        let held_since = locks.then_some(ended);
         let existing = request.expect == Expect::Existing;
         outcome.map(|inner| {
             let names = Arc::clone(&self.names);
@@ -98,7 +99,7 @@ struct Observed {
 impl Observed {
     fn hold_ends(&mut self) {
         if let Some(since) = self.held_since.take() {
-            Names::time(&self.names.hold, since);
+            Names::time(&self.names.hold, since.elapsed());
         }
     }
 
@@ -177,6 +178,7 @@ struct Call<'a> {
     names: &'a Names,
     operation: &'static str,
     span: Span,
+    began: Instant,
     ended: bool,
 }
 
@@ -184,17 +186,16 @@ impl<'a> Call<'a> {
     fn begin(names: &'a Names, operation: &'static str) -> Self {
         let span =
             debug_span!("sessionkit", backend = names.backend, operation, access = field::Empty, outcome = field::Empty);
-        Self { names, operation, span, ended: false }
+        Self { names, operation, span, began: Instant::now(), ended: false }
     }
 
     async fn run<T>(mut self, call: impl Future<Output = Result<T>>, name: impl FnOnce(&T) -> &'static str) -> Result<T> {
-        let began = Instant::now();
         let outcome = call.instrument(self.span.clone()).await;
         match &outcome {
             Ok(answer) => self.end(name(answer)),
             Err(error) => {
                 self.end(error.kind().as_str());
-                self.failed(error.kind(), began.elapsed());
+                self.failed(error.kind(), self.began.elapsed());
             }
         }
         outcome
@@ -280,8 +281,8 @@ impl Names {
         with_recorder(|recorder| recorder.register_counter(key, &METADATA)).increment(count);
     }
 
-    fn time(key: &Key, began: Instant) {
-        with_recorder(|recorder| recorder.register_histogram(key, &METADATA)).record(began.elapsed());
+    fn time(key: &Key, took: Duration) {
+        with_recorder(|recorder| recorder.register_histogram(key, &METADATA)).record(took);
     }
 }
 
