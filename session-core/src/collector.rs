@@ -282,10 +282,13 @@ struct State<B: Batch> {
     /// The arrival number of the next operation that has to wait.
     next: u64,
     /// What may go as soon as there is a place, by class and in the order of arrival; of each session at most one.
-    lanes: [VecDeque<Waiting<B>>; 2],
+    lanes: [Line<B>; 2],
     /// The sessions with an operation in a lane or on its way, each with what has to wait for that.
-    sessions: HashMap<B::Key, VecDeque<Waiting<B>>>,
+    sessions: HashMap<B::Key, Line<B>>,
 }
+
+/// By number. In boxes, because whoever gives up leaves a gap that all on one side of him close.
+type Line<B> = VecDeque<Box<Waiting<B>>>;
 
 struct Waiting<B: Batch> {
     number: u64,
@@ -324,7 +327,7 @@ impl<B: Batch> Shared<B> {
         state.next += 1;
         let (caller, answer) = oneshot::channel();
         let runtime = Handle::try_current().ok();
-        let waiting = Waiting { number, class, key: key.clone(), bytes, op, runtime, caller };
+        let waiting = Box::new(Waiting { number, class, key: key.clone(), bytes, op, runtime, caller });
         match state.sessions.get_mut(&key) {
             Some(parked) => parked.push_back(waiting),
             None => {
@@ -354,28 +357,30 @@ impl<B: Batch> Shared<B> {
         if state.departing {
             return;
         }
-        while let Some((first, others)) = state.take(&self.limits) {
+        while let Some(batch) = state.take(&self.limits) {
             state.departing = true;
             drop(state);
-            self.depart(first, others);
+            self.depart(batch);
             state = self.lock();
             state.departing = false;
         }
     }
 
-    fn depart(self: &Arc<Self>, mut first: Waiting<B>, others: Vec<Waiting<B>>) {
-        if others.is_empty() {
-            let Waiting { class, key, op, caller, .. } = first;
+    fn depart(self: &Arc<Self>, mut batch: Line<B>) {
+        let mut first = batch.pop_front().expect("nothing departs empty");
+        if batch.is_empty() {
+            let Waiting { class, key, op, caller, .. } = *first;
             let member = Member::new(op);
             let place = Place { shared: Arc::clone(self), key, flight: Some(class) };
             // A caller who has gone leaves the place to the next, by dropping it.
             let _ = caller.send(Verdict::Alone(Lone { place, class, member, failed: None }));
             return;
         }
-        let (class, count) = (first.class, 1 + others.len());
+        let (class, count) = (first.class, 1 + batch.len());
         let runtime = first.runtime.take().expect("a batch of several begins with a caller on a runtime");
         let (mut members, mut callers) = (Vec::with_capacity(count), Vec::with_capacity(count));
-        for Waiting { key, op, caller, .. } in iter::once(first).chain(others) {
+        for waiting in iter::once(first).chain(batch) {
+            let Waiting { key, op, caller, .. } = *waiting;
             members.push(Member::new(op));
             callers.push((key, caller));
         }
@@ -402,8 +407,8 @@ impl<B: Batch> Shared<B> {
 }
 
 impl<B: Batch> State<B> {
-    /// Takes a place in flight, and what travels on it: one, and those beside it.
-    fn take(&mut self, limits: &Limits) -> Option<(Waiting<B>, Vec<Waiting<B>>)> {
+    /// Takes a place in flight, and what travels on it.
+    fn take(&mut self, limits: &Limits) -> Option<Line<B>> {
         if self.in_flight >= limits.flights {
             return None;
         }
@@ -420,20 +425,19 @@ impl<B: Batch> State<B> {
             }
         };
         let lane = &mut self.lanes[class as usize];
-        let first = lane.pop_front()?;
-        let mut bytes = first.bytes;
-        let mut others = Vec::new();
+        let first = lane.front()?;
+        let (mut count, mut bytes) = (1, first.bytes);
         // Without a runtime nobody could drive a batch of several.
         if bytes <= limits.alone && first.runtime.is_some() {
-            let fits = |next: &Waiting<B>| {
+            let fits = lane.iter().take(limits.members).skip(1).map(|next| {
                 bytes += next.bytes;
                 next.bytes <= limits.alone && bytes <= limits.bytes
-            };
-            let count = lane.iter().take(limits.members - 1).map(fits).take_while(|fits| *fits).count();
-            others.extend(lane.drain(..count));
+            });
+            count += fits.take_while(|fits| *fits).count();
         }
-        self.set_out(class, 1 + others.len());
-        Some((first, others))
+        let batch = lane.drain(..count).collect();
+        self.set_out(class, count);
+        Some(batch)
     }
 
     /// Whether what waits of this class goes as soon as there is a place.
@@ -469,8 +473,8 @@ impl<B: Batch> State<B> {
     }
 
     /// Takes out an operation that was not sent yet.
-    fn give_up(&mut self, ticket: &Ticket<B>) -> Option<Waiting<B>> {
-        let at = |line: &VecDeque<Waiting<B>>| line.binary_search_by_key(&ticket.number, |waiting| waiting.number).ok();
+    fn give_up(&mut self, ticket: &Ticket<B>) -> Option<Box<Waiting<B>>> {
+        let at = |line: &Line<B>| line.binary_search_by_key(&ticket.number, |waiting| waiting.number).ok();
         let lane = &mut self.lanes[ticket.class as usize];
         if let Some(waiting) = at(lane).and_then(|at| lane.remove(at)) {
             self.free(&ticket.key);
