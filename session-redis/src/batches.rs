@@ -478,9 +478,10 @@ fn hand_out(trips: &mut [Trip<'_>], slots: Vec<Slot>, answers: Vec<Value>) {
 /// Reads what many were answered together. If anybody waits for one of the sessions, each open hears it, and asks for itself.
 fn hand_out_many(trips: &mut [Trip<'_>], entering: &[usize], reading: &[usize], answers: &mut impl Iterator<Item = Value>) {
     let queues = if entering.is_empty() { Value::Int(0) } else { answers.next().unwrap_or(Value::Nil) };
-    let bodies = match if reading.is_empty() { None } else { answers.next() } {
-        Some(Value::Array(bodies)) if bodies.len() == reading.len() => bodies,
-        other => vec![other.unwrap_or(Value::Nil); reading.len()],
+    let bodies = if reading.is_empty() { Value::Array(Vec::new()) } else { answers.next().unwrap_or(Value::Nil) };
+    let bodies = match bodies {
+        Value::Array(bodies) if bodies.len() == reading.len() => bodies,
+        other => vec![other; reading.len()],
     };
     for (&index, body) in reading.iter().zip(bodies) {
         let read = next(answers).and_then(|left| look_at(body, &left));
@@ -552,7 +553,7 @@ pub(crate) fn enter(commands: &mut Pipeline, keys: &Keys, value: &[u8], lease: i
 
 fn take(commands: &mut Pipeline, keys: &Keys, value: &[u8], lease: i64) {
     let mut set = Cmd::with_capacity(6, 32 + keys.lock().len() + value.len());
-    set.arg(b"SET").arg(keys.lock()).arg(value).arg(b"NX").arg(b"PX").arg(lease);
+    set.arg("SET").arg(keys.lock()).arg(value).arg("NX").arg("PX").arg(lease);
     commands.add_command(set);
 }
 
@@ -584,4 +585,30 @@ fn missing() -> Failure {
 
 fn mixed_up() -> Failure {
     Failure::unexpected("a request was answered as another one")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_is_asked_for_again_alone_counts_as_sent_so_that_his_lock_is_given_back() {
+        let member = |n: u8| {
+            let what = What::Enter { value: Arc::from([n]), lease: 1000, reads: true };
+            Member::new(Op { keys: Keys::of(&format!("session:{{{n}}}")), what, silences: 0 })
+        };
+        let members = [member(0), member(1)];
+        let mut trips: Vec<_> = members.iter().map(Trip::new).collect();
+        let (commands, slots) = entering(&trips);
+        assert_eq!(commands.len(), 6, "two locks, the queues, the records, two lives");
+        let bodies = Value::Array(vec![Value::Nil, Value::Nil]);
+        let answers = vec![Value::Okay, Value::Okay, Value::Int(0), bodies, Value::Int(-1), Value::Int(GONE)];
+        hand_out(&mut trips, slots, answers);
+        assert!(trips[0].outcome.is_none() && trips[0].sent, "there is something, and it has the lock");
+        let absent = matches!(&trips[1].outcome, Some(Ok(Answer::Entered(entered))) if entered.mine && !entered.queued);
+        assert!(absent && !trips[1].sent, "there is nothing");
+        assert_eq!(entering(&trips).0.len(), 4, "alone, as one that nobody travels with");
+        fail_all(&mut trips, &Failure::silent());
+        assert!(matches!(&trips[0].outcome, Some(Err(failure)) if failure.sent), "it may have a lock to give back");
+    }
 }

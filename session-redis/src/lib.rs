@@ -28,9 +28,9 @@
 //! # What it needs of the server
 //!
 //! Redis 6 or newer, or a server that speaks its protocol and runs its scripts. A user with an ACL needs, for the keys `~session:*`
-//! and the channels `&session:*` (or the prefix that is set), the commands `ping get mget set exists pttl pexpire getrange rename strlen eval
-//! evalsha script|load del time publish subscribe llen lrange lpop rpush lrem lset scan wait`, for a database other than 0 `select`,
-//! and in a Cluster `cluster|slots asking`.
+//! and the channels `&session:*` (or the prefix that is set), the commands `ping get mget set exists pttl pexpire getrange rename
+//! strlen eval evalsha script|load del time publish subscribe llen lrange lpop rpush lrem lset scan wait`, for a database other than 0
+//! `select`, and in a Cluster `cluster|slots asking`.
 //!
 //! # Trips
 //!
