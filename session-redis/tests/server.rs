@@ -74,6 +74,9 @@ async fn whole_cycle(first: &RedisHandler, second: &RedisHandler) -> Result<()> 
     assert_eq!(opened.read().await?.map(|record| record.data).as_deref(), Some(&b"new"[..]));
     assert!(admin.unlock(&id).await?);
     opened.save(&Change::Touch(Ttl::from_secs(700)), wid()).await?;
+    // The body of a long save goes beside the script.
+    let mut long = first.open(&id, &exclusive()).await?;
+    long.save(&write_of("x".repeat(9 << 10)), wid()).await?;
     let mut optimistic = first.open(&id, &OpenRequest::optimistic()).await?;
     optimistic.read().await?;
     optimistic.save(&write_of("newest"), wid()).await?;

@@ -189,6 +189,21 @@ async fn saves_in_one_flight_are_judged_each_for_itself() {
 }
 
 #[tokio::test]
+async fn a_lone_save_is_one_script_and_only_the_body_of_a_long_one_goes_beside_it() {
+    let redis = start(&[]);
+    let handler = on(&redis).await;
+    let id = session(&handler, "old").await;
+    for (length, beside) in [(2 << 10, 0), (9 << 10, 1), (2 << 10, 1)] {
+        let mut opened = open(&handler, &id, exclusive()).await;
+        let (data, scripts) = ("x".repeat(length), calls(&redis, "evalsha"));
+        applied(&opened.save(&write_of(data.as_str()), wid()).await, "alone");
+        assert_eq!((calls(&redis, "evalsha"), calls(&redis, "rename")), (scripts + 1, beside), "{length} bytes");
+        assert_eq!(look(&handler, &id).await, Some(data));
+    }
+    nothing_left_behind(&redis);
+}
+
+#[tokio::test]
 async fn a_late_save_in_one_flight_with_the_holders_own_is_refused_and_changes_nothing() {
     let redis = start(&[]);
     let (handler, other) = (on(&redis).await, on(&redis).await);
