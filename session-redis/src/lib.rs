@@ -38,13 +38,13 @@
 //! one more, to come for the lock that he was told of. An absent id costs two: the lock is asked for in the same flight as the record,
 //! and given back when there is none.
 //!
-//! What asks at the same moment travels together: one flight for many opens and views, with one command for all their records and one
-//! for all their queues (if anybody waits for one of the sessions, each open asks for itself); one script for many saves, whose bodies
-//! stand beside it, because a script takes in each byte of its arguments. Nothing waits for company: whoever is alone is sent at once,
-//! and the members of a flight are judged one after the other, each for itself. A body that is to be judged has a key of its own,
-//! named after its write, until the script of the same flight puts it in its place or removes it; if the connection breaks between the
-//! two, and nobody asks again, it is left there until its life ends. In a Cluster, and with `wait_replicas`, each request is sent for
-//! itself.
+//! What asks at the same moment travels together: one flight for many opens and views, with one command for all their records and
+//! one for all their queues (if anybody waits for one of the sessions, each open asks for itself); one script for many saves, whose
+//! bodies stand beside it, because a script takes in each byte of its arguments; so does a lone body of more than 8 KiB. Nothing
+//! waits for company: whoever is alone is sent at once, and the members of a flight are judged one after the other, each for
+//! itself. A body that is to be judged has a key of its own, named after its write, until the script of the same flight puts it in
+//! its place or removes it; if the connection breaks between the two, and nobody asks again, it is left there until its life ends.
+//! In a Cluster, and with `wait_replicas`, each request is sent for itself.
 //!
 //! # Silence
 //!
