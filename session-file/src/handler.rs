@@ -310,7 +310,12 @@ async fn step_in_two(store: &Store, hold: &mut Hold, step: Step<'_>, last: bool)
             return Half::Begun(file, Left::All(step.into_owned()));
         }
         let outcome = match step.begin(&mut file) {
-            Ok(Begun::Unsynced(unsynced)) => return Half::Begun(file, Left::Sync(unsynced)),
+            Ok(Begun::Unsynced(unsynced)) => {
+                if store.threads.are_behind() {
+                    file.begin_sync();
+                }
+                return Half::Begun(file, Left::Sync(unsynced));
+            }
             Ok(Begun::Done(written)) => Ok(written),
             Err(error) => Err(error),
         };

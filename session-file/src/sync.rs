@@ -36,6 +36,8 @@ pub(crate) struct SyncThreads {
 struct Shared {
     /// The length of `jobs`, for those who look.
     waiting: AtomicUsize,
+    /// How many jobs are not done yet.
+    under_way: AtomicUsize,
     state: Mutex<State>,
     work: Condvar,
 }
@@ -58,10 +60,18 @@ impl SyncThreads {
         Self { shared: Arc::default(), answers: SpinWait::new() }
     }
 
+    /// Whether the disk had better be told by whoever asks, before the job is, to begin with its work. Not for a lone job, with
+    /// which a thread begins sooner than that call returns; and not beside many, since a disk with enough to do makes wait who
+    /// gives it still more.
+    pub(crate) fn are_behind(&self) -> bool {
+        (1..MOST).contains(&self.shared.under_way.load(Ordering::Relaxed))
+    }
+
     /// Has `job` done soon, and to its end, and told; returns it if there is no thread to be had.
     pub(crate) fn run(&self, job: Job) -> Result<(), Job> {
         let mut state = self.shared.state();
         state.jobs.push_back(job);
+        self.shared.under_way.fetch_add(1, Ordering::Relaxed);
         self.shared.waiting.store(state.jobs.len(), Ordering::Relaxed);
         if state.jobs.len() <= state.looking + state.woken {
             return Ok(());
@@ -80,6 +90,7 @@ impl SyncThreads {
                 Ok(_) => state.threads += 1,
                 Err(_) if state.threads == 0 => {
                     let job = state.jobs.pop_back();
+                    self.shared.under_way.fetch_sub(1, Ordering::Relaxed);
                     self.shared.waiting.store(state.jobs.len(), Ordering::Relaxed);
                     return job.map_or(Ok(()), Err);
                 }
@@ -110,6 +121,7 @@ impl Shared {
         while let Some(job) = self.next() {
             // Whoever waits for a job that panics is told by what it drops; the thread has others to serve.
             let _ = panic::catch_unwind(AssertUnwindSafe(job));
+            self.under_way.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -200,6 +212,29 @@ mod tests {
         rounds.sort_unstable();
         assert_eq!(rounds, (0..400).collect::<Vec<_>>());
         assert!(most.load(Ordering::SeqCst) <= MOST);
+    }
+
+    #[test]
+    fn the_disk_is_told_early_beside_a_few_jobs_and_neither_alone_nor_beside_many() {
+        let threads = SyncThreads::new();
+        let (release, held) = mpsc::channel::<()>();
+        let held = Arc::new(Mutex::new(held));
+        for before in 0..2 * MOST {
+            assert_eq!(threads.are_behind(), before > 0 && before < MOST, "beside {before}");
+            let held = Arc::clone(&held);
+            let job: Job = Box::new(move || {
+                let _ = held.lock().map(|held| held.recv());
+                std::panic::resume_unwind(Box::new("those that end badly have ended too"));
+            });
+            assert!(threads.run(job).is_ok());
+        }
+        for _ in 0..2 * MOST {
+            release.send(()).unwrap();
+        }
+        while threads.shared.under_way.load(Ordering::Relaxed) > 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(!threads.are_behind());
     }
 
     #[test]

@@ -6,12 +6,14 @@
 use std::cell::Cell;
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_gettime};
+use rustix::fs::{Advice, fadvise};
 use rustix::io::{pread, pwrite};
 use session_core::{Error, ErrorKind, Result};
 
@@ -69,6 +71,20 @@ pub(super) fn sync(file: &File) -> io::Result<()> {
     file.sync_data()
 }
 
+/// Has the disk begin with what was written there, and waits for none of it: the sync that follows finds it at work.
+///
+/// The kernel takes the word that bytes will not be needed soon as that, and lets go of the pages that are named whole. So none is:
+/// of two pages at the most, the first byte is left out, and the last one too, which at the end of a file stands for its page. A
+/// file system that does not know the word writes when it is synced; what fails is told there in either case.
+pub(super) fn begin_sync(file: &File, from: u64, to: u64) {
+    const PAGE: u64 = 4096;
+    let from = from + 1;
+    let to = to.saturating_sub(1).min((from / PAGE + 2) * PAGE - 1);
+    if let Some(length) = NonZeroU64::new(to.saturating_sub(from)) {
+        let _ = fadvise(file, from, Some(length), Advice::DontNeed);
+    }
+}
+
 /// Whether the cause is that there is no room.
 pub(super) fn is_full(error: &Error) -> bool {
     let cause = std::error::Error::source(error).and_then(|source| source.downcast_ref::<io::Error>());
@@ -99,5 +115,36 @@ pub(super) fn within_limit(end: u64, op: &'static str) -> Result<()> {
             Err(Error::new(ErrorKind::Unavailable, op, text))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::IoSliceMut;
+
+    use rustix::io::{ReadWriteFlags, preadv2};
+
+    use super::*;
+
+    #[test]
+    fn the_disk_is_told_to_begin_without_letting_go_of_a_page() {
+        let root = tempfile::tempdir().unwrap();
+        let file = File::options().read(true).write(true).create_new(true).open(root.path().join("file")).unwrap();
+        let bytes: Vec<u8> = (0..5 * 4096u32).map(|at| (at % 251) as u8).collect();
+        let ends = [0, 1, 2, 100, 4095, 4096, 4097, 8191, 8192, 8193, 12_288, 16_383, 16_384, 20_479, 20_480];
+        for (from, to) in ends.into_iter().flat_map(|from| ends.into_iter().map(move |to| (from, to))) {
+            write_at(&file, &bytes, 0).unwrap();
+            // A page that is not on the disk yet would be kept in any case.
+            sync(&file).unwrap();
+            begin_sync(&file, from, to);
+            for page in 0..5 {
+                let mut read = [0; 4096];
+                match preadv2(&file, &mut [IoSliceMut::new(&mut read)], page * 4096, ReadWriteFlags::NOWAIT) {
+                    Ok(length) => assert_eq!(read[..length], bytes[page as usize * 4096..][..length]),
+                    // Some file systems that have nothing but pages do not know the question.
+                    Err(errno) => assert_eq!(errno, rustix::io::Errno::OPNOTSUPP, "page {page} went with {from}..{to}"),
+                }
+            }
+        }
     }
 }

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use session_core::{Error, ErrorKind, Result, Ttl, WriteId, Written};
 
-use super::bytes::{is_full, sync, within_limit, write_at};
+use super::bytes::{begin_sync, is_full, sync, within_limit, write_at};
 use super::{SMALL, SessionFile, after, gone, too_large};
 use crate::config::Durability;
 use crate::dir::{fault, stat};
@@ -169,6 +169,14 @@ impl SessionFile {
         }
         self.stale = false;
         Ok(Begun::Done(Written::Applied))
+    }
+
+    /// Has the disk begin with what [`finish`](Self::finish) will wait for.
+    pub(crate) fn begin_sync(&self) {
+        if let Some((entry, place)) = self.current {
+            let at = entry_at(place, self.second.unwrap_or(HEADER));
+            begin_sync(&self.file, at, entry.end().unwrap_or_default().max(at + ENTRY));
+        }
     }
 
     /// Waits for the disk where that was begun. Until then the file is stale: what follows reads it again.
