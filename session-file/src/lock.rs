@@ -352,8 +352,8 @@ fn stamp_of(pid: u64, inode: u64) -> Option<u64> {
 #[derive(Debug, Default)]
 pub(crate) struct KernelLocks(Vec<KernelLock>);
 
-/// How often the list is read at most.
-const LOOKS: u32 = 4;
+/// How often the list is read at most. Beside threads that lock and unlock without end, four looks in a row can pass a lock over.
+const LOOKS: u32 = 16;
 
 /// Reads a file of the kernel's in as few calls as it allows; what is read a few bytes at a time has more time to change.
 fn whole_pages(path: &str) -> std::io::Result<String> {
