@@ -71,14 +71,15 @@ pub(super) fn sync(file: &File) -> io::Result<()> {
     file.sync_data()
 }
 
-/// Has the disk begin with what was written there, and waits for none of it: the sync that follows finds it at work.
+/// Has the disk begin with what was written there, and waits for nothing but room in its queue: the sync that
+/// follows finds it at work.
 ///
 /// The kernel takes the word that bytes will not be needed soon as that, and lets go of the pages that are named whole. So none is:
-/// of two pages at the most, the first byte is left out, and the last one too, which at the end of a file stands for its page. A
+/// of two pages at the most, a first byte is left out, and the last one too, which at the end of a file stands for its page. A
 /// file system that does not know the word writes when it is synced; what fails is told there in either case.
 pub(super) fn begin_sync(file: &File, from: u64, to: u64) {
     const PAGE: u64 = 4096;
-    let from = from + 1;
+    let from = from + u64::from(from.is_multiple_of(PAGE));
     let to = to.saturating_sub(1).min((from / PAGE + 2) * PAGE - 1);
     if let Some(length) = NonZeroU64::new(to.saturating_sub(from)) {
         let _ = fadvise(file, from, Some(length), Advice::DontNeed);
@@ -130,17 +131,19 @@ mod tests {
     fn the_disk_is_told_to_begin_without_letting_go_of_a_page() {
         let root = tempfile::tempdir().unwrap();
         let file = File::options().read(true).write(true).create_new(true).open(root.path().join("file")).unwrap();
-        let bytes: Vec<u8> = (0..5 * 4096u32).map(|at| (at % 251) as u8).collect();
-        let ends = [0, 1, 2, 100, 4095, 4096, 4097, 8191, 8192, 8193, 12_288, 16_383, 16_384, 20_479, 20_480];
+        let bytes: Vec<u8> = (0..5 * 4096 - 100u32).map(|at| (at % 251) as u8).collect();
+        let ends = [0, 1, 2, 100, 4095, 4096, 4097, 8191, 8192, 8193, 12_288, 16_383, 16_384, 20_379, 20_380];
         for (from, to) in ends.into_iter().flat_map(|from| ends.into_iter().map(move |to| (from, to))) {
-            write_at(&file, &bytes, 0).unwrap();
-            // A page that is not on the disk yet would be kept in any case.
+            // Written together they would be kept together, and on their way to the disk they would be kept in any case.
+            for (page, bytes) in (0u64..).zip(bytes.chunks(4096)) {
+                write_at(&file, bytes, page * 4096).unwrap();
+            }
             sync(&file).unwrap();
             begin_sync(&file, from, to);
             for page in 0..5 {
                 let mut read = [0; 4096];
                 match preadv2(&file, &mut [IoSliceMut::new(&mut read)], page * 4096, ReadWriteFlags::NOWAIT) {
-                    Ok(length) => assert_eq!(read[..length], bytes[page as usize * 4096..][..length]),
+                    Ok(length) => assert_eq!(&read[..length], bytes.chunks(4096).nth(page as usize).unwrap()),
                     // Some file systems that have nothing but pages do not know the question.
                     Err(errno) => assert_eq!(errno, rustix::io::Errno::OPNOTSUPP, "page {page} went with {from}..{to}"),
                 }
