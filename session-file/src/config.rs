@@ -28,7 +28,7 @@ pub enum Io {
     /// end when there is none, and the rest (a payload of a new session, a walk through the directory) runs on the runtime's
     /// blocking pool. As long as the disk is quick, a task that waits for it alone looks for its answer before it sleeps, for some
     /// hundred microseconds and giving way to others ([`SpinWait`](session_core::spin::SpinWait)). Of several at once,
-    /// each up to the sixteenth has the disk begin in place, which waits for nothing but room in its queue.
+    /// each from the second to the sixteenth has the disk begin in place, which waits for nothing but room in its queue.
     #[default]
     Auto,
     /// Everything runs in place. For a disk that never makes anybody wait, such as tmpfs.
