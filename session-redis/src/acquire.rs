@@ -27,7 +27,7 @@ const HEIR: Duration = Duration::from_millis(20);
 const PAUSES: [Duration; 3] = [Duration::from_millis(50), Duration::from_millis(250), Duration::from_secs(1)];
 
 /// How long a place in the queue is worth at most before the one who stands there looks again: the time that a dead waiter
-/// before him may keep the lock.
+/// before him may keep the lock. With a shorter lease it is that.
 const CLAIM: Duration = Duration::from_secs(1);
 
 /// The first and the longest pause of a waiter who asks again and again.
@@ -176,6 +176,7 @@ impl Attempt<'_> {
     async fn queue_up(&mut self) -> Result<Option<Taken>> {
         let (store, keys, wait) = (self.store, self.keys, self.wait);
         let lease = millis(self.claim.lease).to_string();
+        let look = self.claim.lease.min(CLAIM);
         let polls = store.config.wake == RedisWake::Poll;
         let mut tries = 0;
         // First of all, since a new subscription wakes whoever is registered.
@@ -224,7 +225,7 @@ impl Attempt<'_> {
                     // A little later than the lease ends, and not all at the same moment.
                     let jitter = Duration::from_micros(1000 + u64::from(self.token[0]) * 31);
                     let lease_left = Duration::from_millis(lease_left) + jitter;
-                    let sleep = rest.min(lease_left).min(CLAIM * place.max(1)).max(Duration::from_millis(1));
+                    let sleep = rest.min(lease_left).min(look * place.max(1)).max(Duration::from_millis(1));
                     waiter.woken(sleep).await;
                     queued = b"1";
                     heir.clear();

@@ -301,6 +301,32 @@ async fn dead_waiters_at_the_head() {
     saved(open(&handler, &id, exclusive()).await, "after all of them").await;
 }
 
+/// What a waiter who died in the queue is given: the lock for a second, or for his lease if that is shorter, so that he costs no
+/// more than a dead holder.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_waiter_has_the_lock_no_longer_than_a_dead_holder() {
+    let redis = start(&[]);
+    let grave = proxy(&redis).await;
+    let (handler, dead) = (on(&redis).await, through(&grave).await);
+    for (lease, longest) in [(300, 300), (60_000, 1000)] {
+        let id = session(&handler, "old").await;
+        let holder = open(&handler, &id, exclusive()).await;
+        let claim = OpenRequest::exclusive(Duration::from_secs(60), Duration::from_millis(lease));
+        let waiter = waiting(&dead, &id, claim);
+        queued(&redis, &id, 1).await;
+        grave.freeze();
+        saved(holder, "new").await;
+        let left: u64 = redis.command(&["PTTL", &keys(&id)[1]]).unwrap().parse().expect("he was given the lock");
+        assert!((1..=longest).contains(&left), "a lease of {lease} ms: given for {left} ms");
+        // Nobody has to wait for more than that, even one who would hold it long.
+        let next = handler.open(&id, &briefly(support::LEASE)).await.unwrap();
+        saved(next, "newer").await;
+        waiter.abort();
+        let _ = waiter.await;
+        grave.thaw();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_place_of_a_task_that_gives_up_goes_to_the_next_of_its_process() {
     let redis = start(&[]);

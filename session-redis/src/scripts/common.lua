@@ -4,8 +4,9 @@ local RECORD, LOCK, QUEUE = KEYS[1], KEYS[2], KEYS[3]
 -- What stands before a payload: four bytes that say what it is, then the id of the last write.
 local LIVE, BURIED, HEADER = 'skr1', 'skt1', 20
 
--- How long a waiter who was given the lock has to come for it, how long a destroyed record is remembered at least, and how long a
--- place outlasts its waiter, for the next one of his process, in ms.
+-- How long a waiter who was given the lock has to come for it (or for his lease, if that is shorter: dead, he costs no more than a
+-- dead holder), how long a destroyed record is remembered at least, and how long a place outlasts its waiter, for the next one of
+-- his process, in ms.
 local CLAIM, REMEMBER, HEIR = 1000, 60000, 20
 
 -- The value of a lock is `token|lease|since|channel`. While it is a grant that its waiter has not come for, a mark stands behind:
@@ -32,9 +33,9 @@ local function grant(mark, token, heir)
   local at = place and now()
   while place do
     if is_of(place, token) or is_of(place, heir) then return true end
-    local value, name, channel, deadline = string.match(place, '^((%x+)|%d+|%d+|(.*))|(%d+)$')
+    local value, name, lease, channel, deadline = string.match(place, '^((%x+)|(%d+)|%d+|(.*))|(%d+)$')
     if value and tonumber(deadline) > at and tell(channel, name) then
-      redis.call('SET', LOCK, value .. mark, 'PX', CLAIM)
+      redis.call('SET', LOCK, value .. mark, 'PX', math.min(CLAIM, lease))
       return value .. mark
     end
     place = redis.call('LPOP', QUEUE)
